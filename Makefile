@@ -1,0 +1,80 @@
+# Every target makes what it needs: .venv is created and filled on first use (see `make help`).
+PYTHON ?= python3
+JOBS ?= 2
+SHELL := /bin/bash
+
+VENV := .venv
+# `make gpu PY=python3` (or any other target) uses a Python that has everything already, and installs nothing.
+ifdef PY
+  export PYTHONPATH := .:kernels
+  INSTALLED_DEMO :=
+  INSTALLED_DEV :=
+else
+  PY := $(VENV)/bin/python
+  INSTALLED_DEMO := $(VENV)/.installed-demo
+  INSTALLED_DEV := $(VENV)/.installed-dev
+endif
+
+# Constraints hold for what is installed and for what builds it; without them torch may come in a build of gigabytes.
+# pip before 25.3 takes PIP_CONSTRAINT for isolated builds, later ones PIP_BUILD_CONSTRAINT.
+CONSTRAINTS := constraints-dev.txt
+PIP_INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-ordinary test-interpreter check format bench gpu clean distclean
+
+help: ## Say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED_DEMO) ## Train the vowels recipe on real data
+	$(PY) -m fastrnn vowels $(ARGS)
+
+test: test-interpreter test-ordinary ## Run all tests that need no GPU
+
+# One thread per worker: the workers share the cores.
+test-ordinary: $(INSTALLED_DEV) ## Run the tests that need no GPU and no Triton interpreter
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not gpu and not interpreter" $(ARGS)
+
+# TRITON_INTERPRET is read when triton is imported, so these have processes of their own. pytest's 5: no test was found.
+test-interpreter: $(INSTALLED_DEV) ## Run the Triton kernels' tests on the CPU
+	@if grep -rqE 'mark\.interpreter' tests --include='*.py'; then \
+	  echo "TRITON_INTERPRET=1 pytest -m interpreter"; \
+	  OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) -m "interpreter and not gpu" $(ARGS) \
+	    || [ $$? -eq 5 ]; \
+	fi
+
+check: $(INSTALLED_DEV) ## Lint, check the format and the types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED_DEV) ## Format, and mend what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(INSTALLED_DEV) ## Measure on the CPU
+	$(PY) -m bench cpu $(ARGS)
+
+gpu: $(INSTALLED_DEV) ## Test and measure on a GPU
+	$(PY) -m pytest -m gpu || [ $$? -eq 5 ]
+	$(PY) -m bench gpu $(ARGS)
+
+clean: ## Remove builds and caches
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[demo]'
+	@touch $@
+
+# dev includes demo.
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed-demo

@@ -1,0 +1,13 @@
+"""fastrnn: LSTMs over ragged batches, faster than nn.LSTM, for one changed line.
+
+Importing it needs torch only and changes nothing: triton is imported when a kernel is first needed,
+and nothing is patched before :func:`patched` is entered.
+"""
+
+from fastrnn.backends import backends
+from fastrnn.clip import clip_grad_norm_
+from fastrnn.convert import convert, patched, revert
+from fastrnn.lstm import LSTM
+
+__all__ = ["LSTM", "backends", "clip_grad_norm_", "convert", "patched", "revert"]
+__version__ = "0.1.0"

@@ -1,0 +1,152 @@
+"""The forms an LSTM's input comes in, and the same form for its output.
+
+A form flattens the input to ``[entries, I]``, tells the layout where each step stands in it, and
+puts rows ``[N, F]`` back: zeros where the input had no valid step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.packing import PackedLayout, dense_layout, ragged_layout
+
+
+def _spread(rows: Tensor, layout: PackedLayout, entries: int) -> Tensor:
+    """Rows back to their places in ``[entries, F]``; zeros elsewhere."""
+    assert layout.gather is not None
+    spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
+    flat = rows.new_zeros(entries + spare, rows.shape[1])
+    return flat.index_copy(0, layout.gather, rows)[:entries]
+
+
+def _collect(flat: Tensor, layout: PackedLayout) -> Tensor:
+    """The layout's rows out of ``[entries, F]``."""
+    if layout.gather is None:
+        return flat
+    index = layout.gather if layout.exact else layout.gather.clamp(max=flat.shape[0] - 1)
+    return flat.index_select(0, index)
+
+
+class Padded:
+    """``[T, B, I]``, or ``[B, T, I]`` where ``batch_first``."""
+
+    def __init__(self, x: Tensor, batch_first: bool) -> None:
+        self.x = self.data = x
+        self.time_major = not batch_first
+        self.steps, self.batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
+        self.entries = self.steps * self.batch
+        self.device = x.device
+
+    def own_lengths(self) -> Tensor | None:
+        """None: every sequence has all T steps."""
+        return None
+
+    def layout(self) -> PackedLayout:
+        """The layout where nothing says that a step is invalid."""
+        return dense_layout(self.steps, self.batch)
+
+    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
+        """Where a step of a batch element stands in the flattened input."""
+        return step * self.batch + element if self.time_major else element * self.steps + step
+
+    def rows(self, layout: PackedLayout) -> Tensor:
+        """The layout's rows, ``[N, I]``."""
+        x = self.x
+        if layout.gather is None and not self.time_major:
+            x = x.transpose(0, 1)
+        return _collect(x.reshape(self.entries, x.shape[2]), layout)
+
+    def restore(self, rows: Tensor, layout: PackedLayout) -> Tensor:
+        """Rows ``[N, F]`` in the form of the input."""
+        if layout.gather is not None:
+            rows = _spread(rows, layout, self.entries)
+            return rows.view(self.x.shape[0], self.x.shape[1], rows.shape[1])
+        output = rows.view(self.steps, self.batch, rows.shape[1])
+        return output if self.time_major else output.transpose(0, 1)
+
+
+class Packed:
+    """A PackedSequence: the layout already, unless a mask or resets change it."""
+
+    def __init__(self, x: PackedSequence, batch_first: bool) -> None:
+        self.x, self.data = x, x.data
+        self.time_major = not batch_first
+        self.steps, self.batch = x.batch_sizes.shape[0], int(x.batch_sizes[0])
+        self.entries = self.data.shape[0]
+        self.device = self.data.device
+
+    def own_lengths(self) -> Tensor | None:
+        """``[B]``, in the caller's order."""
+        sizes = self.x.batch_sizes
+        sorted_lengths = (sizes > torch.arange(self.batch).unsqueeze(1)).sum(1)
+        inverse = self.x.unsorted_indices
+        return sorted_lengths if inverse is None else sorted_lengths[inverse.to(sizes.device)]
+
+    def layout(self) -> PackedLayout:
+        """The layout it is; nothing is copied."""
+        inverse = self.x.unsorted_indices
+        return PackedLayout(
+            self.entries,
+            self.batch,
+            self.x.batch_sizes,
+            owner=self.x.sorted_indices,
+            leaves=None if inverse is None else inverse.unsqueeze(0),
+        )
+
+    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
+        """Where a step of a batch element stands in the flattened input."""
+        sizes, inverse = self.x.batch_sizes.to(step.device), self.x.unsorted_indices
+        rank = element if inverse is None else inverse.to(step.device)[element]
+        return (sizes.cumsum(0) - sizes)[step] + rank
+
+    def rows(self, layout: PackedLayout) -> Tensor:
+        """The layout's rows, ``[N, I]``."""
+        return _collect(self.data, layout)
+
+    def restore(self, rows: Tensor, layout: PackedLayout) -> PackedSequence:
+        """Rows ``[N, F]`` as a PackedSequence."""
+        data = rows if layout.gather is None else _spread(rows, layout, self.entries)
+        return PackedSequence(data, *self.x[1:])
+
+
+class Jagged:
+    """A nested tensor of layout ``torch.jagged``, ``[B, j, I]`` whatever ``batch_first`` says."""
+
+    time_major = False
+
+    def __init__(self, x: Any) -> None:
+        self.data: Tensor = x.values()
+        self.offsets: Tensor = x.offsets()
+        self.lengths: Tensor | None = x.lengths()
+        self.batch = x.shape[0]
+        self.steps = int(self.own_lengths().max()) if self.batch else 0
+        self.entries = self.data.shape[0]
+        self.device = x.device
+
+    def layout(self) -> PackedLayout:
+        """The layout of its own lengths."""
+        return ragged_layout(self)
+
+    def own_lengths(self) -> Tensor:
+        """``[B]``."""
+        return self.offsets.diff() if self.lengths is None else self.lengths
+
+    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
+        """Where a step of a batch element stands in the flattened input."""
+        return self.offsets.to(step.device)[element] + step
+
+    def rows(self, layout: PackedLayout) -> Tensor:
+        """The layout's rows, ``[N, I]``."""
+        return _collect(self.data, layout)
+
+    def restore(self, rows: Tensor, layout: PackedLayout) -> Tensor:
+        """Rows ``[N, F]`` in the form of the input."""
+        flat = _spread(rows, layout, self.entries)
+        return torch.nested.nested_tensor_from_jagged(flat, self.offsets, self.lengths)
+
+
+Form: TypeAlias = Padded | Packed | Jagged

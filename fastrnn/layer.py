@@ -1,0 +1,91 @@
+"""One layer over packed rows: the seam between the model and what computes it.
+
+In this order:
+
+- while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
+- under functorch transforms or forward-mode derivatives: the differentiable step loop;
+- else the hand-derived recurrence of recurrence.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastrnn.packing import PackedLayout
+from fastrnn.recurrence import (
+    Call,
+    LayerOutput,
+    LSTMRecurrence,
+    flatten_weights,
+    outside_autocast,
+    pad_rows,
+    run_composite,
+    run_forward,
+    side_by_side,
+)
+from fastrnn.reference import LayerWeights
+
+
+def lstm_layer(
+    rows: Tensor,
+    layout: PackedLayout,
+    weights: Sequence[LayerWeights],
+    h_0: Tensor,
+    c_0: Tensor,
+    *,
+    cell_states: bool = False,
+    backend: str = "auto",
+) -> LayerOutput:
+    """All directions of one layer over packed rows.
+
+    Args:
+        rows: ``[N, I]``; rows past ``layout.batch_sizes.sum()`` are not read.
+        layout: of the batch.
+        weights: of each direction, forward then reverse; in the dtype of ``rows``.
+        h_0: ``[D, S, P]``.
+        c_0: ``[D, S, H]``.
+        cell_states: return the cell state of every row.
+        backend: "auto" or "reference".
+
+    Returns:
+        See :class:`LayerOutput`; rows past the valid ones are zero. Final states share memory with
+        nothing and are not kept for backward.
+    """
+    flat = flatten_weights(weights)
+    bias, projection = weights[0].bias_ih is not None, weights[0].hr is not None
+    inputs = (rows, h_0, c_0, *flat)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if torch.compiler.is_compiling():
+        h, h_n, c_n, c, *_ = torch.ops.fastrnn.lstm_layer(
+            *(rows, layout.batch_sizes, h_0, c_0, flat),
+            *(bias, projection, cell_states, needs_grad, backend),
+        )
+        return LayerOutput(h, h_n, c_n, side_by_side(c).to(h.dtype) if cell_states else None)
+
+    sizes = tuple(layout.batch_sizes.tolist())
+    call = Call(sizes, len(weights), bias, projection, cell_states, backend)
+    valid = rows.shape[0] if layout.exact else sum(sizes)
+    rows = rows[:valid]
+    with outside_autocast(rows.device):
+        if _needs_composite(inputs):
+            output = run_composite(call, rows, h_0, c_0, flat)
+        elif needs_grad:
+            output = LayerOutput(*LSTMRecurrence.apply(call, rows, h_0, c_0, *flat))
+        else:
+            output, _ = run_forward(call, rows, h_0, c_0, flat, save=False)
+    if layout.exact:
+        return output
+    h = pad_rows(output.h, layout.rows)
+    return output._replace(h=h, c=None if output.c is None else pad_rows(output.c, layout.rows))
+
+
+def _needs_composite(inputs: Sequence[Tensor]) -> bool:
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs)

@@ -1,0 +1,299 @@
+"""Everything ragged becomes one :class:`PackedLayout`.
+
+Rows are valid time steps only, time-major, with the sequences sorted by decreasing length: the
+order of :class:`torch.nn.utils.rnn.PackedSequence`. Step ``t`` owns ``batch_sizes[t]`` consecutive
+rows. Lengths, masks with holes and resets differ only in which steps of the input those rows are,
+so everything behind this module sees one form.
+
+Notation: B batch, T steps of the input, S sequences of the layout (B, or more when resets cut a
+sequence into segments), N rows, D directions.
+
+Two regimes, one algorithm. Where lengths, mask and resets are on the CPU the layout is *exact*: N
+is the number of valid steps. Under ``torch.compile``, or when they live on an accelerator, nothing
+may depend on their values without a synchronisation, so the layout is *bounded*: N = B * T rows are
+allocated, and those past ``batch_sizes.sum()`` are unused.
+
+Limits: a layout is built anew at every call (under 0.1 ms); it knows nothing of the LSTM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Lengths: TypeAlias = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Which step of the input each row is, and where states enter and leave.
+
+    Attributes:
+        rows: N, rows allocated; all are valid in an exact layout.
+        sequences: S, sequences of the layout, sorted by decreasing length.
+        batch_sizes: ``[steps]`` int64, sequences active at each step; on the CPU in an exact
+            layout.
+        gather: ``[N]`` int64, each row's place in the flattened input; one past its end for an
+            unused row of a bounded layout. None: the rows are the flattened input as it is.
+        owner: ``[S]`` int64, the batch element each sequence belongs to. None: the identity.
+        enters: ``[2, S]`` bool, forward and reverse: whether the batch element's initial state
+            enters this sequence; else it starts from zero. None: always.
+        leaves: ``[1 or 2, B]`` int64, forward and reverse, or one for both: the sequence whose end
+            state is the batch element's. None: the identity.
+        exact: whether N is exact and ``batch_sizes`` may be read on the host.
+    """
+
+    rows: int
+    sequences: int
+    batch_sizes: Tensor
+    gather: Tensor | None = None
+    owner: Tensor | None = None
+    enters: Tensor | None = None
+    leaves: Tensor | None = None
+    exact: bool = True
+
+    def enter(self, initial: Tensor) -> Tensor:
+        """Initial states of the batch, ``[D, B, F]``, to those of the sequences, ``[D, S, F]``."""
+        if self.owner is None:
+            return initial
+        states = initial.index_select(1, self.owner)
+        if self.enters is None:
+            return states
+        enters = self.enters[: states.shape[0]].unsqueeze(-1)
+        return torch.where(enters, states, torch.zeros_like(states))
+
+    def leave(self, final: Tensor) -> Tensor:
+        """Final states of the sequences, ``[D, S, F]``, to those of the batch, ``[D, B, F]``."""
+        if self.leaves is None:
+            return final
+        if self.leaves.shape[0] == 1:
+            return final.index_select(1, self.leaves[0])
+        directions = zip(final.unbind(0), self.leaves.unbind(0), strict=False)
+        return torch.stack([states.index_select(0, leaves) for states, leaves in directions])
+
+
+class Addressing(Protocol):
+    """What the layout must know of an input's form (see forms.py)."""
+
+    batch: int
+    steps: int
+    entries: int
+    device: torch.device
+    time_major: bool
+
+    def own_lengths(self) -> Tensor | None:
+        """``[B]`` lengths the form itself carries; None where every sequence has all T steps."""
+
+    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
+        """Where step ``step`` of batch element ``element`` stands in the flattened input."""
+
+
+class _Segments(NamedTuple):
+    """Runs of consecutive valid steps that share a state; ``[S]`` each, unsorted."""
+
+    owner: Tensor
+    begin: Tensor
+    length: Tensor
+    first: Tensor
+    last: Tensor
+    keeps_initial: Tensor
+
+
+def dense_layout(steps: int, batch: int) -> PackedLayout:
+    """The layout of a padded batch in which every sequence has all T steps."""
+    return PackedLayout(steps * batch, batch, torch.full((steps,), batch, dtype=torch.int64))
+
+
+def ragged_layout(
+    form: Addressing,
+    lengths: Lengths | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> PackedLayout:
+    """The layout of a batch of which only some steps are valid.
+
+    Args:
+        form: the input's form.
+        lengths: ``[B]`` integers in [0, T], the leading steps of each sequence that are valid.
+            Default: all.
+        mask: bool, True = valid, anywhere; ``[T, B]``, or ``[B, T]`` where the form is batch first.
+            Default: all True.
+        resets: bool, True = the state is zeroed before this step; shaped as ``mask``. On a masked
+            step it holds for the sequence's next valid step.
+
+    Returns:
+        An exact layout where everything is on the host and nothing is being traced, else a bounded
+        one.
+
+    Raises:
+        ValueError: a shape or a length that does not fit the input.
+        TypeError: a dtype that is not integral (lengths) or bool (mask, resets).
+    """
+    steps, batch = form.steps, form.batch
+    own = form.own_lengths()
+    given = [value for value in (own, lengths, mask, resets) if isinstance(value, Tensor)]
+    exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in given)
+    device = torch.device("cpu") if exact else form.device
+
+    valid_lengths = own.to(device) if own is not None else None
+    if lengths is not None:
+        valid_lengths = _check_lengths(lengths, batch, steps, exact).to(device)
+    if valid_lengths is None:
+        valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
+    places = None  # [B, T] the step at which a sequence's k-th valid step stands; None: the k-th
+    if mask is not None:
+        valid = _check_flags("mask", mask, form).to(device)
+        valid = valid & (torch.arange(steps, device=device) < valid_lengths.unsqueeze(1))
+        valid_lengths = valid.sum(1)
+        places = torch.argsort(~valid, dim=1, descending=False, stable=True)
+    segments = None
+    owner, length = torch.arange(batch, device=device), valid_lengths
+    if resets is not None:
+        segments = _cut(
+            _check_flags("resets", resets, form).to(device), places, valid_lengths, exact
+        )
+        owner, length = segments.owner, segments.length
+
+    length, order = torch.sort(length, descending=True, stable=True)
+    owner = owner.index_select(0, order)
+    sequences = owner.shape[0]
+
+    # batch_sizes[t] = sequences longer than t, from the histogram of the lengths.
+    ending = torch.zeros(steps + 1, dtype=torch.int64, device=device)
+    ending = ending.scatter_add(0, length, torch.ones_like(length))
+    batch_sizes = sequences - ending.cumsum(0)[:-1]
+    rows = batch * steps
+    if exact:
+        batch_sizes = batch_sizes[: int(length[0]) if batch else 0]
+        rows = int(batch_sizes.sum())
+
+    # Row n is step `step` of the n - offset-th sequence.
+    stops = batch_sizes.cumsum(0)
+    row = torch.arange(rows, device=device)
+    step = torch.searchsorted(stops, row, right=True)
+    if not exact:
+        unused = step == steps
+        step = step.clamp(max=steps - 1)
+    sequence = row - (stops - batch_sizes).index_select(0, step)
+    if not exact:
+        sequence = torch.where(unused, 0, sequence)
+    element = owner.index_select(0, sequence)
+    place = step
+    if segments is not None:
+        place = place + segments.begin.index_select(0, order).index_select(0, sequence)
+    if not exact:
+        place = torch.where(unused, 0, place)
+    if places is not None:
+        place = places[element, place]
+    gather = form.flat_index(place, element)
+    if not exact:
+        gather = torch.where(unused, form.entries, gather)
+
+    if segments is None:
+        enters, leaves = None, torch.argsort(order).unsqueeze(0)
+    else:
+        first, last = segments.first.index_select(0, order), segments.last.index_select(0, order)
+        enters = torch.stack([first & segments.keeps_initial.index_select(0, order), last])
+        leaves = torch.stack([_where_owned(last, owner, batch), _where_owned(first, owner, batch)])
+        enters = enters.to(form.device, non_blocking=True)
+    return PackedLayout(
+        rows,
+        sequences,
+        batch_sizes,
+        gather.to(form.device, non_blocking=True),
+        owner.to(form.device, non_blocking=True),
+        enters,
+        leaves.to(form.device, non_blocking=True),
+        exact,
+    )
+
+
+def _cut(reset: Tensor, places: Tensor | None, valid_lengths: Tensor, exact: bool) -> _Segments:
+    """Cut each sequence of valid steps before every reset; ``reset`` is ``[B, T]``.
+
+    A sequence without a valid step keeps one segment of length zero, so that its state passes
+    through.
+    """
+    batch, steps = reset.shape
+    resets_so_far = reset.cumsum(1)
+    if places is not None:
+        resets_so_far = resets_so_far.gather(1, places)
+    valid = torch.arange(steps, device=reset.device) < valid_lengths.unsqueeze(1)
+    differs = resets_so_far[:, 1:] != resets_so_far[:, :-1]
+    starts = torch.cat([torch.ones_like(valid[:, :1]), differs & valid[:, 1:]], 1).flatten()
+
+    if exact:
+        position = starts.nonzero().squeeze(1)
+        real = torch.ones_like(position, dtype=torch.bool)
+    else:  # as many slots as there are steps; those past the real segments have length zero
+        position = torch.argsort(~starts, stable=True)
+        real = torch.arange(batch * steps, device=reset.device) < starts.sum()
+    owner, begin = position // steps, position % steps
+    length = torch.zeros_like(position).scatter_add(
+        0, starts.cumsum(0) - 1, valid.flatten().to(torch.int64)
+    )
+    keeps_initial = resets_so_far[:, 0] == 0
+    return _Segments(
+        owner,
+        begin,
+        length,
+        first=(begin == 0) & real,
+        last=(begin + length == valid_lengths.index_select(0, owner)) & real,
+        keeps_initial=(keeps_initial | (valid_lengths == 0)).index_select(0, owner),
+    )
+
+
+def _where_owned(flag: Tensor, owner: Tensor, batch: int) -> Tensor:
+    """``[B]``: the one sequence of each batch element at which ``flag`` is set."""
+    target = torch.where(flag, owner, batch)
+    sequence = torch.arange(owner.shape[0], device=owner.device)
+    return torch.zeros(batch + 1, dtype=torch.int64, device=owner.device).scatter(
+        0, target, sequence
+    )[:batch]
+
+
+def _check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tensor:
+    """``lengths`` as ``[B]`` int64, refused with the reason where it does not fit the input."""
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(list(lengths))
+        if lengths.numel() == 0:
+            lengths = lengths.to(torch.int64)
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(
+            f"lengths must have shape [{batch}] (one per sequence), got {list(lengths.shape)}"
+        )
+    lengths = lengths.detach().to(torch.int64)
+    if exact:
+        if batch and int(lengths.min()) < 0:
+            raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
+        if batch and int(lengths.max()) > steps:
+            raise ValueError(
+                f"lengths must be at most the {steps} steps of the input, got "
+                f"{int(lengths.max())}; pad the input to the longest sequence"
+            )
+    else:  # checked where the data are, without waiting for them
+        fits = ((lengths >= 0) & (lengths <= steps)).all()
+        torch._assert_async(fits, f"lengths must lie in [0, {steps}] (the steps of the input)")
+    return lengths
+
+
+def _check_flags(name: str, flags: Tensor, form: Addressing) -> Tensor:
+    """A mask or resets as ``[B, T]``, refused with the reason where it does not fit the input."""
+    if not isinstance(flags, Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {type(flags).__name__}")
+    if flags.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool, got {flags.dtype}; use {name}.bool()")
+    expected = [form.steps, form.batch] if form.time_major else [form.batch, form.steps]
+    if list(flags.shape) != expected:
+        order = "[T, B]" if form.time_major else "[B, T]"
+        raise ValueError(
+            f"{name} must have shape {expected} ({order}, as batch_first says), got "
+            f"{list(flags.shape)}"
+        )
+    return flags.detach().t() if form.time_major else flags.detach()

@@ -1,0 +1,322 @@
+"""The recurrence of one layer over packed rows: forward, backward, and what runs them.
+
+:class:`LSTMRecurrence` is the ``torch.autograd.Function``. Its forward and backward are derived by
+hand and run as oneDNN rectangles or as the step loop, whichever the cost models say is faster for
+this batch. A backward that is itself differentiated goes through the differentiable step loop.
+
+16-bit inputs are computed in float32 and rounded once, at the output.
+
+Notation as in reference.py; D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastrnn import rectangles as rects
+from fastrnn import reference
+from fastrnn.reference import Forward, Gradients, LayerWeights
+
+
+class LayerOutput(NamedTuple):
+    """What a layer computes.
+
+    Attributes:
+        h: ``[N, D * P]`` outputs, the directions side by side.
+        h_n: ``[D, S, P]`` final hidden states.
+        c_n: ``[D, S, H]`` final cell states.
+        c: ``[N, D * H]`` cell states, or None where nobody asked.
+    """
+
+    h: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    c: Tensor | None
+
+
+class Call(NamedTuple):
+    """What a layer's computation is, besides its tensors."""
+
+    sizes: tuple[int, ...]
+    directions: int
+    bias: bool
+    projection: bool
+    cell_states: bool
+    backend: str
+
+    def unflatten(self, weights: Sequence[Tensor]) -> list[LayerWeights]:
+        """The flat list of weights, by direction."""
+        each = len(weights) // self.directions
+        return [
+            _layer_weights(weights[begin : begin + each], self.bias, self.projection)
+            for begin in range(0, len(weights), each)
+        ]
+
+
+def _layer_weights(flat: Sequence[Tensor], bias: bool, projection: bool) -> LayerWeights:
+    ih, hh, *rest = flat
+    bias_ih, bias_hh = (rest[0], rest[1]) if bias else (None, None)
+    return LayerWeights(ih, hh, bias_ih, bias_hh, rest[-1] if projection else None)
+
+
+def flatten_weights(weights: Sequence[LayerWeights]) -> list[Tensor]:
+    """All tensors of all directions; :meth:`Call.unflatten` undoes it."""
+    return [tensor for direction in weights for tensor in direction if tensor is not None]
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """``[..., n, F]`` to ``[..., count, F]``, zeros behind; shares memory with nothing."""
+    return functional.pad(rows, (0, 0, 0, count - rows.shape[-2]))
+
+
+def side_by_side(states: Tensor | Sequence[Tensor]) -> Tensor:
+    """``[D, N, F]`` to ``[N, D * F]``."""
+    parts = list(states)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of ``dtype`` are computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _plan(call: Call, rows: Tensor, weights: LayerWeights, train: bool) -> rects.Plan | None:
+    """The rectangles to run; None for the step loop."""
+    if (
+        call.backend == "reference"
+        or call.cell_states
+        or call.projection
+        or not rows.numel()
+        or not rects.available(rows)
+    ):
+        return None
+    input_size, hidden_size = rows.shape[1], weights.hidden_size
+    plan = rects.plan(call.sizes, rects.costs(input_size, hidden_size, train))
+    steps = reference.seconds(call.sizes, input_size, hidden_size, train)
+    return plan if plan.seconds <= steps else None
+
+
+class DirectionRun(NamedTuple):
+    """How a direction ran, and what it saved."""
+
+    plan: rects.Plan | None
+    c: Tensor | None
+    saved: tuple[Tensor, ...]
+
+
+class OutputGradients(NamedTuple):
+    """Gradients that reach a layer's outputs; None is zero."""
+
+    h: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+    c: Tensor | None
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inputs have been cast already; autocast must not cast what is computed inside."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _to_compute(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype they are computed in, without their history."""
+    return [tensor.detach().to(compute_dtype(tensor.dtype)) for tensor in tensors]
+
+
+def run_forward(
+    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
+) -> tuple[LayerOutput, list[DirectionRun]]:
+    """Run every direction."""
+    dtype = rows.dtype
+    rows, h_0, c_0, *flat = _to_compute(rows, h_0, c_0, *flat)
+    weights = call.unflatten(flat)
+    plan = _plan(call, rows, weights[0], save)
+    results = []
+    for index, direction in enumerate(weights):
+        inputs = (rows, call.sizes, direction, h_0[index], c_0[index])
+        reverse = index == 1
+        if plan is not None:
+            run = rects.rectangle_forward(*inputs, plan.rectangles, reverse=reverse, save=save)
+        else:
+            run = reference.lstm_forward(
+                *inputs, reverse=reverse, save=save, cell_states=call.cell_states
+            )
+        results.append(run)
+    output = _layer_output(call, results, dtype)
+    return output, [DirectionRun(plan, run.c, run.saved) for run in results]
+
+
+def _layer_output(call: Call, results: Sequence[Forward], dtype: torch.dtype) -> LayerOutput:
+    return LayerOutput(
+        side_by_side([run.h for run in results]).to(dtype),
+        torch.stack([run.h_n for run in results]).to(dtype),
+        torch.stack([run.c_n for run in results]).to(dtype),
+        side_by_side([run.c for run in results if run.c is not None]).to(dtype)
+        if call.cell_states
+        else None,
+    )
+
+
+def run_backward(
+    call: Call,
+    grads: OutputGradients,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    h: Tensor,
+    directions: Sequence[DirectionRun],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and each weight, in their dtypes; ``needs`` in the same order."""
+    dtype = rows.dtype
+    grads = OutputGradients(*(None if g is None else _to_compute(g)[0] for g in grads))
+    rows, h_0, c_0, h, *flat = _to_compute(rows, h_0, c_0, h, *flat)
+    size_h, hidden_size = h_0.shape[2], c_0.shape[2]
+    each = len(flat) // call.directions
+    d_rows: Tensor | None = None
+    results: list[Gradients] = []
+    for index, (weights, run) in enumerate(zip(call.unflatten(flat), directions, strict=True)):
+        reverse = index == 1
+        d_h = _columns(grads.h, index, size_h)
+        d_h_n = None if grads.h_n is None else grads.h_n[index]
+        d_c_n = None if grads.c_n is None else grads.c_n[index]
+        own_h = h[:, index * size_h : (index + 1) * size_h]
+        inputs = (rows, call.sizes, weights, h_0[index], c_0[index], own_h)
+        if run.plan is not None:
+            result = rects.rectangle_backward(
+                d_h, d_h_n, d_c_n, *inputs, run.plan.rectangles, run.saved, reverse=reverse
+            )
+        else:
+            assert run.c is not None
+            needs_weights = _layer_needs(needs[3 + index * each :][:each], call)
+            d_c = _columns(grads.c, index, hidden_size)
+            result = reference.lstm_backward(
+                *(d_h, d_h_n, d_c_n, d_c, *inputs, run.c, run.saved),
+                reverse=reverse,
+                needs_rows=needs[0],
+                needs_weights=needs_weights,
+            )
+        results.append(result)
+        if result.rows is not None:
+            d_rows = result.rows if d_rows is None else d_rows + result.rows
+    d_flat = [
+        gradient
+        for result, weights in zip(results, call.unflatten(flat), strict=True)
+        for gradient, weight in zip(result.weights, weights, strict=True)
+        if weight is not None
+    ]
+    found = [
+        d_rows,
+        torch.stack([result.h_0 for result in results]),
+        torch.stack([result.c_0 for result in results]),
+        *d_flat,
+    ]
+    return [
+        None if gradient is None or not needed else gradient.to(dtype)
+        for gradient, needed in zip(found, needs, strict=True)
+    ]
+
+
+def _columns(states: Tensor | None, index: int, width: int) -> Tensor | None:
+    """A direction's part of ``[N, D * F]``."""
+    return None if states is None else states[:, index * width : (index + 1) * width]
+
+
+def _layer_needs(needs: Sequence[bool], call: Call) -> list[bool]:
+    """``needs`` of the weights given, as one of each of ih, hh, bias_ih, bias_hh, hr."""
+    ih, hh, *rest = needs
+    biases = rest[:2] if call.bias else [False, False]
+    return [ih, hh, *biases, rest[-1] if call.projection else False]
+
+
+class LSTMRecurrence(torch.autograd.Function):
+    """All directions of one layer with a hand-derived backward.
+
+    Saved for backward: the inputs, the outputs ``h``, and what each direction's path saves (the
+    step loop: gates, c and tanh(c), 6 H numbers a row; oneDNN: its workspace). Nothing saved is
+    written to, so a second backward gives the same gradients. Where backward itself is
+    differentiated (``create_graph=True``) it goes through
+    :func:`fastrnn.reference.lstm_composite`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, *flat: Tensor
+    ) -> LayerOutput:
+        """``h``, ``h_n``, ``c_n`` and ``c`` of :class:`LayerOutput`."""
+        output, directions = run_forward(call, rows, h_0, c_0, flat, save=True)
+        ctx.call, ctx.weights = call, len(flat)
+        ctx.plans = [run.plan for run in directions]
+        saved = [tensor for run in directions for tensor in (run.c, *run.saved)]
+        ctx.save_for_backward(rows, h_0, c_0, *flat, output.h, *saved)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs that need one."""
+        grads = OutputGradients(*d_outputs)
+        rows, h_0, c_0, *rest = ctx.saved_tensors
+        flat, h, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
+        needs = ctx.needs_input_grad[1:]
+        if all(gradient is None for gradient in grads):
+            return (None,) * (1 + len(needs))
+        if torch.is_grad_enabled():
+            with outside_autocast(rows.device):
+                inputs = [rows, h_0, c_0, *flat]
+                return (None, *_differentiable_backward(ctx.call, grads, inputs, needs))
+        each = len(saved) // ctx.call.directions
+        directions = [
+            DirectionRun(
+                plan, saved[index * each], tuple(saved[index * each + 1 : (index + 1) * each])
+            )
+            for index, plan in enumerate(ctx.plans)
+        ]
+        with outside_autocast(rows.device):
+            found = run_backward(ctx.call, grads, rows, h_0, c_0, flat, h, directions, needs)
+        return (None, *found)
+
+
+def run_composite(
+    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+) -> LayerOutput:
+    """The layer in differentiable operations."""
+    dtype = rows.dtype
+    rows, h_0, c_0, *flat = (t.to(compute_dtype(dtype)) for t in (rows, h_0, c_0, *flat))
+    results = [
+        reference.lstm_composite(
+            rows, call.sizes, weights, h_0[index], c_0[index], reverse=index == 1
+        )
+        for index, weights in enumerate(call.unflatten(flat))
+    ]
+    return _layer_output(call, results, dtype)
+
+
+def _differentiable_backward(
+    call: Call, grads: OutputGradients, inputs: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients as functions of inputs and ``grads`` that can be differentiated again."""
+    # Views, so that a gradient reaches an input here only through this layer.
+    views = [tensor.view_as(tensor) for tensor in inputs]
+    outputs = run_composite(call, views[0], views[1], views[2], views[3:])
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            wanted,
+            [gradient for _, gradient in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if needed else None for needed in needs]

@@ -1,0 +1,82 @@
+"""Layers upon layers: every layer's rows are the next one's input, with dropout between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastrnn.layer import lstm_layer
+from fastrnn.packing import PackedLayout
+from fastrnn.reference import LayerWeights
+
+
+class StackOutput(NamedTuple):
+    """What a stack of L layers computes.
+
+    Attributes:
+        rows: ``[N, D * P]`` outputs of the last layer.
+        h_n: ``[L * D, B, P]``.
+        c_n: ``[L * D, B, H]``.
+        c: ``[N, D * H]`` cell states of the last layer, or None.
+    """
+
+    rows: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    c: Tensor | None
+
+
+def run_stack(
+    rows: Tensor,
+    layout: PackedLayout,
+    layers: Sequence[Sequence[LayerWeights]],
+    h_0: Tensor,
+    c_0: Tensor,
+    *,
+    dropout: float = 0.0,
+    cell_states: bool = False,
+    backend: str = "auto",
+) -> StackOutput:
+    """All layers over packed rows.
+
+    Args:
+        rows: ``[N, I]``.
+        layout: of the batch.
+        layers: the weights of each layer's directions, in the dtype of ``rows``.
+        h_0: ``[L * D, B, P]`` in the batch's order, as nn.LSTM numbers layers and directions.
+        c_0: ``[L * D, B, H]``.
+        dropout: probability that an entry of a layer's output is zeroed before the next layer.
+        cell_states: return the last layer's cell states.
+        backend: see backends.py.
+
+    Returns:
+        See :class:`StackOutput`.
+    """
+    directions = len(layers[0])
+    h_n, c_n = [], []
+    c = None
+    for index, weights in enumerate(layers):
+        if index and dropout:
+            rows = functional.dropout(rows, dropout, training=True)
+        part = slice(index * directions, (index + 1) * directions)
+        output = lstm_layer(
+            rows,
+            layout,
+            weights,
+            layout.enter(h_0[part]),
+            layout.enter(c_0[part]),
+            cell_states=cell_states and index == len(layers) - 1,
+            backend=backend,
+        )
+        rows, c = output.h, output.c
+        h_n.append(layout.leave(output.h_n))
+        c_n.append(layout.leave(output.c_n))
+    return StackOutput(rows, _concatenate(h_n), _concatenate(c_n), c)
+
+
+def _concatenate(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states)
