@@ -55,6 +55,8 @@ def resolve_backend(name: str, device: torch.device) -> Literal["auto", "referen
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
     """
+    if name == "auto" and device.type == "cpu":
+        return "auto"
     check_backend(name)
     if name == "reference":
         return "reference"
@@ -64,7 +66,7 @@ def resolve_backend(name: str, device: torch.device) -> Literal["auto", "referen
             f'backend="triton" cannot run: {reason}. Use backend="auto", which takes the fastest '
             "that can."
         )
-    if device.type != "cpu" and reason is not None:
+    if reason is not None:
         _log_once(f"backend='auto' uses the PyTorch step loop on {device.type}: {reason}")
     return "auto"
 

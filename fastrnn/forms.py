@@ -20,7 +20,9 @@ def _spread(rows: Tensor, layout: PackedLayout, entries: int) -> Tensor:
     assert layout.gather is not None
     spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
     flat = rows.new_zeros(entries + spare, rows.shape[1])
-    return flat.index_copy(0, layout.gather, rows)[:entries]
+    if torch._C._are_functorch_transforms_active():  # which has a rule for the copy alone
+        return flat.index_copy(0, layout.gather, rows)[:entries]
+    return flat.index_copy_(0, layout.gather, rows)[:entries]
 
 
 def _collect(flat: Tensor, layout: PackedLayout) -> Tensor:
@@ -82,7 +84,7 @@ class Packed:
     def own_lengths(self) -> Tensor | None:
         """``[B]``, in the caller's order."""
         sizes = self.x.batch_sizes
-        sorted_lengths = (sizes > torch.arange(self.batch).unsqueeze(1)).sum(1)
+        sorted_lengths = (sizes > torch.arange(self.batch, device=sizes.device).unsqueeze(1)).sum(1)
         inverse = self.x.unsorted_indices
         return sorted_lengths if inverse is None else sorted_lengths[inverse.to(sizes.device)]
 
@@ -146,7 +148,9 @@ class Jagged:
     def restore(self, rows: Tensor, layout: PackedLayout) -> Tensor:
         """Rows ``[N, F]`` in the form of the input."""
         flat = _spread(rows, layout, self.entries)
-        return torch.nested.nested_tensor_from_jagged(flat, self.offsets, self.lengths)
+        return torch.nested.nested_tensor_from_jagged(
+            flat, self.offsets, self.lengths, max_seqlen=self.steps
+        )
 
 
 Form: TypeAlias = Padded | Packed | Jagged

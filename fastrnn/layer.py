@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrnn import onednn
+from fastrnn.operators import lstm_layer_op
 from fastrnn.packing import PackedLayout
+from fastrnn.padded import run_padded
 from fastrnn.recurrence import (
     Call,
     LayerOutput,
     LSTMRecurrence,
     flatten_weights,
+    host_sizes,
     outside_autocast,
     pad_rows,
     run_composite,
@@ -60,19 +64,21 @@ def lstm_layer(
     inputs = (rows, h_0, c_0, *flat)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if torch.compiler.is_compiling():
-        h, h_n, c_n, c, *_ = torch.ops.fastrnn.lstm_layer(
+        h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),
             *(bias, projection, cell_states, needs_grad, backend),
         )
         return LayerOutput(h, h_n, c_n, side_by_side(c).to(h.dtype) if cell_states else None)
 
-    sizes = tuple(layout.batch_sizes.tolist())
+    sizes = host_sizes(layout.batch_sizes)
     call = Call(sizes, len(weights), bias, projection, cell_states, backend)
     valid = rows.shape[0] if layout.exact else sum(sizes)
     rows = rows[:valid]
     with outside_autocast(rows.device):
-        if _needs_composite(inputs):
+        if needs_composite(*inputs):
             output = run_composite(call, rows, h_0, c_0, flat)
+        elif layout.padding is not None or _is_dense(call, layout, rows):
+            output = run_padded(rows, layout, weights, h_0, c_0)
         elif needs_grad:
             output = LayerOutput(*LSTMRecurrence.apply(call, rows, h_0, c_0, *flat))
         else:
@@ -83,7 +89,20 @@ def lstm_layer(
     return output._replace(h=h, c=None if output.c is None else pad_rows(output.c, layout.rows))
 
 
-def _needs_composite(inputs: Sequence[Tensor]) -> bool:
+def _is_dense(call: Call, layout: PackedLayout, rows: Tensor) -> bool:
+    """Whether every sequence has all the rows, and oneDNN can run them as they are."""
+    return (
+        rows.numel() > 0
+        and call.sizes[-1] == layout.sequences
+        and call.backend != "reference"
+        and not call.cell_states
+        and not call.projection
+        and onednn.available(rows)
+    )
+
+
+def needs_composite(*inputs: Tensor) -> bool:
+    """Whether only differentiable operations will do: under functorch, or forward-mode."""
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.backends import Backend, check_backend, resolve_backend
+from fastrnn.costs import worth_padding
 from fastrnn.forms import Form, Jagged, Packed, Padded
-from fastrnn.packing import Lengths, PackedLayout, ragged_layout
+from fastrnn.packing import Lengths, PackedLayout, check_lengths, padded_layout, ragged_layout
+from fastrnn.padded import can_run_padded
+from fastrnn.recurrence import autocast_dtype
 from fastrnn.reference import LayerWeights
 from fastrnn.stack import StackOutput, run_stack
 
@@ -130,32 +133,68 @@ class LSTM(nn.RNNBase):
         if isinstance(input, Tensor) and unbatched:
             dim = 0 if self.batch_first else 1
             input = input.unsqueeze(dim)
-            mask = None if mask is None else mask.unsqueeze(dim)
-            resets = None if resets is None else resets.unsqueeze(dim)
+            mask = mask.unsqueeze(dim) if isinstance(mask, Tensor) else mask
+            resets = resets.unsqueeze(dim) if isinstance(resets, Tensor) else resets
         if isinstance(lengths, int):  # of an unbatched sequence
             lengths = [lengths]
         form = self._form(input)
-        hx = self._initial_states(form, hx, unbatched)
         layers = self._layers()
-        self._check_devices(form, hx, layers)
-        rows_dtype = self._autocast_dtype(form)
+        dtype = form.data.dtype
+        if dtype != torch.float64:
+            dtype = autocast_dtype(form.device) or dtype
+        h_0, c_0 = None, None
+        if hx is not None:
+            h_0, c_0 = self._initial_states(form, hx, unbatched)
+            self._check_device("hidden", form, h_0, c_0)
+            h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
+        self._check_device("parameter", form, layers[0][0].ih)
 
+        backend = resolve_backend(self.backend, form.device)
         if lengths is None and mask is None and resets is None:
             layout = form.layout()
+        elif (
+            mask is None
+            and resets is None
+            and isinstance(form, Padded)
+            and dtype == form.data.dtype
+            and backend == "auto"
+            and not (self.proj_size or return_cell_states or (self.bidirectional and hx))
+            and can_run_padded(form.data)
+        ):
+            layout = self._padded_or_packed(form, lengths)
         else:
             layout = ragged_layout(form, lengths, mask, resets)
-        backend = resolve_backend(self.backend, form.device)
         result = run_stack(
-            form.rows(layout).to(rows_dtype),
+            form.rows(layout).to(dtype),
             layout,
-            [[weights.to(rows_dtype) for weights in layer] for layer in layers],
-            hx[0].to(rows_dtype),
-            hx[1].to(rows_dtype),
+            [[weights.to(dtype) for weights in layer] for layer in layers],
+            h_0,
+            c_0,
             dropout=self.dropout if self.training else 0.0,
             cell_states=return_cell_states,
             backend=backend,
         )
         return self._restore(form, layout, result, unbatched)
+
+    def _padded_or_packed(self, form: Padded, lengths: Lengths | None) -> PackedLayout:
+        """The layout of a batch with lengths alone: a small one is not worth packing."""
+        if lengths is not None and not (isinstance(lengths, Tensor) and not lengths.is_cpu):
+            checked = check_lengths(lengths, form.batch, form.steps, exact=True)
+            on_host = checked.tolist()
+            if (
+                on_host
+                and min(on_host) > 0
+                and worth_padding(
+                    form.entries - sum(on_host),
+                    self.input_size,
+                    self.hidden_size,
+                    train=torch.is_grad_enabled(),
+                    threads=torch.get_num_threads(),
+                )
+            ):
+                return padded_layout(form.steps, form.batch, checked)
+            lengths = checked
+        return ragged_layout(form, lengths)
 
     def _restore(
         self, form: Form, layout: PackedLayout, result: StackOutput, unbatched: bool
@@ -191,17 +230,13 @@ class LSTM(nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return form
 
-    def _initial_states(self, form: Form, hx: States | None, unbatched: bool) -> States:
-        """``hx`` checked, batched and in the batch's order; zeros where it is None."""
-        directions = 2 if self.bidirectional else 1
-        states = self.num_layers * directions
+    def _initial_states(self, form: Form, hx: States, unbatched: bool) -> States:
+        """``hx`` checked and batched."""
+        states = self.num_layers * (2 if self.bidirectional else 1)
         size_h = self.proj_size or self.hidden_size
         like = form.data
-        if hx is None:
-            return (
-                like.new_zeros(states, form.batch, size_h),
-                like.new_zeros(states, form.batch, self.hidden_size),
-            )
+        if not isinstance(hx, Tensor) and len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
         h_0, c_0 = hx[0], hx[1]
         if unbatched:
             if h_0.dim() != 2 or c_0.dim() != 2:
@@ -217,8 +252,10 @@ class LSTM(nn.RNNBase):
             )
         for index, (state, width) in enumerate(((h_0, size_h), (c_0, self.hidden_size))):
             expected = (states, form.batch, width)
+            if torch.compiler.is_compiling():  # a PackedSequence's batch is known at run time
+                torch._check(state.shape[1] == form.batch)
             self.check_hidden_size(state, expected, f"Expected hidden[{index}] size {{}}, got {{}}")
-            if state.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+            if state.dtype != like.dtype and autocast_dtype(like.device) is None:
                 raise ValueError(
                     f"hidden[{index}] dtype ({state.dtype}) does not match input dtype "
                     f"({like.dtype}). Convert it: hx[{index}].to({like.dtype})"
@@ -239,27 +276,18 @@ class LSTM(nn.RNNBase):
 
         return [[direction() for _ in range(directions)] for _ in range(self.num_layers)]
 
-    def _check_devices(self, form: Form, hx: States, layers: list[list[LayerWeights]]) -> None:
-        device = form.device
-        for kind, tensors in (("hidden", hx), ("parameter", layers[0][0][:1])):
-            for tensor in tensors:
-                if tensor is not None and tensor.device != device:
-                    raise RuntimeError(
-                        f"Input and {kind} tensors are not at the same device, found input tensor "
-                        f"at {device} and {kind} tensor at {tensor.device}"
-                    )
-
-    def _autocast_dtype(self, form: Form) -> torch.dtype:
-        """The dtype the recurrence's inputs are cast to."""
-        dtype, kind = form.data.dtype, form.device.type
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            return torch.get_autocast_dtype(kind)
-        return dtype
+    def _check_device(self, kind: str, form: Form, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if tensor.device != form.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor "
+                    f"at {form.device} and {kind} tensor at {tensor.device}"
+                )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse an input of the wrong dtype, rank or width, in torch's words."""
         weight = getattr(self, self._flat_weights_names[0])
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: "
@@ -306,16 +334,40 @@ class LSTM(nn.RNNBase):
         text = nn.RNNBase.extra_repr(self)
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
 
-    def _trace(self, input: Any, hx: Any, *ragged: Any) -> tuple[Any, ...]:
+    def _trace(self, input: Any, hx: States | None, *ragged: Any) -> tuple[Any, ...]:
         """Under ``torch.jit.trace`` and the exporters built on it: torch's own LSTM operator."""
         if any(argument is not None and argument is not False for argument in ragged):
             raise RuntimeError(
                 "torch.jit.trace cannot record lengths, mask, resets or cell states; use "
                 "torch.export, or trace fastrnn.revert(model) on a PackedSequence"
             )
-        from fastrnn.convert import to_torch  # convert is built on this module
+        unbatched = isinstance(input, Tensor) and input.dim() == 2
+        dim = 0 if self.batch_first else 1
+        form = self._form(input.unsqueeze(dim) if unbatched else input)
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if hx is None:
+            states = self.num_layers * (2 if self.bidirectional else 1)
+            h_0 = form.data.new_zeros(states, form.batch, self.proj_size or self.hidden_size)
+            hx = h_0, form.data.new_zeros(states, form.batch, self.hidden_size)
+        else:
+            hx = self._initial_states(form, hx, unbatched)
+        if isinstance(input, PackedSequence):
+            hx = self.permute_hidden(hx, input.sorted_indices)
+            output, h_n, c_n = torch.lstm(input.data, input.batch_sizes, hx, weights, *settings)
+            final = self.permute_hidden((h_n, c_n), input.unsorted_indices)
+            return PackedSequence(output, *input[1:]), final
+        output, h_n, c_n = torch.lstm(form.data, hx, weights, *settings, self.batch_first)
+        if unbatched:
+            return output.squeeze(dim), (h_n.squeeze(1), c_n.squeeze(1))
+        return output, (h_n, c_n)
 
-        return tuple(to_torch(self)(input, hx))
+    def _init_flat_weights(self) -> None:
+        """Keep parameters only: a computed weight has a history, which deepcopy refuses."""
+        nn.RNNBase._init_flat_weights(self)
+        self._flat_weights = [
+            weight if isinstance(weight, nn.Parameter) else None for weight in self._flat_weights
+        ]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse ``torch.jit.script``, which calls this, and name the way out."""

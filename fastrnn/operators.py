@@ -17,6 +17,7 @@ from fastrnn.recurrence import (
     DirectionRun,
     OutputGradients,
     compute_dtype,
+    host_sizes,
     outside_autocast,
     pad_rows,
     run_backward,
@@ -26,7 +27,7 @@ from fastrnn.recurrence import (
 
 
 @torch.library.custom_op("fastrnn::lstm_layer", mutates_args=())
-def _lstm_layer_op(
+def lstm_layer_op(
     rows: Tensor,
     batch_sizes: Tensor,
     h_0: Tensor,
@@ -42,7 +43,7 @@ def _lstm_layer_op(
 
     The last three are empty where nobody asked for them.
     """
-    sizes = tuple(batch_sizes.tolist())
+    sizes = host_sizes(batch_sizes)
     if save:  # the step loop, see above
         backend = "reference"
     call = Call(sizes, h_0.shape[0], bias, projection, cell_states, backend)
@@ -59,7 +60,7 @@ def _lstm_layer_op(
     return pad_rows(output.h, count), output.h_n, output.c_n, c, gates, tanh_c
 
 
-@_lstm_layer_op.register_fake
+@lstm_layer_op.register_fake
 def _lstm_layer_fake(
     rows: Tensor,
     batch_sizes: Tensor,
@@ -90,7 +91,7 @@ def _lstm_layer_fake(
 
 
 @torch.library.custom_op("fastrnn::lstm_layer_backward", mutates_args=())
-def _lstm_layer_backward_op(
+def lstm_layer_backward_op(
     d_h: Tensor,
     d_h_n: Tensor,
     d_c_n: Tensor,
@@ -108,7 +109,7 @@ def _lstm_layer_backward_op(
     projection: bool,
 ) -> list[Tensor]:
     """Gradients of rows, h_0, c_0 and each weight."""
-    sizes = tuple(batch_sizes.tolist())
+    sizes = host_sizes(batch_sizes)
     valid = sum(sizes)
     call = Call(sizes, h_0.shape[0], bias, projection, d_c is not None, "reference")
     directions = [
@@ -125,7 +126,7 @@ def _lstm_layer_backward_op(
     return [pad_rows(d_rows, rows.shape[0]), *others]
 
 
-@_lstm_layer_backward_op.register_fake
+@lstm_layer_backward_op.register_fake
 def _lstm_layer_backward_fake(
     d_h: Tensor,
     d_h_n: Tensor,
@@ -158,11 +159,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _op_backward(ctx: Any, *d_outputs: Tensor) -> tuple[Any, ...]:
     d_h, d_h_n, d_c_n, d_c, *_ = d_outputs
     rows, batch_sizes, h_0, c_0, *weights, h, c, gates, tanh_c = ctx.saved_tensors
-    d_rows, d_h_0, d_c_0, *d_weights = torch.ops.fastrnn.lstm_layer_backward(
+    d_rows, d_h_0, d_c_0, *d_weights = lstm_layer_backward_op(
         *(d_h, d_h_n, d_c_n, d_c if ctx.cell_states else None, rows, batch_sizes, h_0, c_0),
         *(weights, h, c, gates, tanh_c, ctx.bias, ctx.projection),
     )
     return d_rows, None, d_h_0, d_c_0, d_weights, None, None, None, None, None
 
 
-_lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_context)
+lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -18,6 +18,7 @@ Limits: a layout is built anew at every call (under 0.1 ms); it knows nothing of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
@@ -44,7 +45,10 @@ class PackedLayout:
             enters this sequence; else it starts from zero. None: always.
         leaves: ``[1 or 2, B]`` int64, forward and reverse, or one for both: the sequence whose end
             state is the batch element's. None: the identity.
-        exact: whether N is exact and ``batch_sizes`` may be read on the host.
+        exact: whether N is exact, and ``batch_sizes`` on the host.
+        padding: ``[N]`` bool, rows that are padding all the same (:func:`padded_layout`). None: no
+            row is.
+        last: ``[B]`` int64, the row of each sequence's last valid step, where there is padding.
     """
 
     rows: int
@@ -55,6 +59,8 @@ class PackedLayout:
     enters: Tensor | None = None
     leaves: Tensor | None = None
     exact: bool = True
+    padding: Tensor | None = None
+    last: Tensor | None = None
 
     def enter(self, initial: Tensor) -> Tensor:
         """Initial states of the batch, ``[D, B, F]``, to those of the sequences, ``[D, S, F]``."""
@@ -105,7 +111,24 @@ class _Segments(NamedTuple):
 
 def dense_layout(steps: int, batch: int) -> PackedLayout:
     """The layout of a padded batch in which every sequence has all T steps."""
-    return PackedLayout(steps * batch, batch, torch.full((steps,), batch, dtype=torch.int64))
+    return PackedLayout(
+        steps * batch, batch, torch.full((steps,), batch, dtype=torch.int64, device="cpu")
+    )
+
+
+def padded_layout(steps: int, batch: int, lengths: Tensor) -> PackedLayout:
+    """The layout of a padded batch that is not worth packing: its padding stays among the rows.
+
+    Args:
+        steps: T.
+        batch: B.
+        lengths: ``[B]`` int64 on the CPU, each in [1, T].
+    """
+    if int(lengths.min()) == steps:
+        return dense_layout(steps, batch)
+    padding = torch.arange(steps, device="cpu").unsqueeze(1) >= lengths
+    last = torch.add(torch.arange(batch, device="cpu"), lengths - 1, alpha=batch)
+    return dataclasses.replace(dense_layout(steps, batch), padding=padding.flatten(), last=last)
 
 
 def ragged_layout(
@@ -139,39 +162,39 @@ def ragged_layout(
     exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in given)
     device = torch.device("cpu") if exact else form.device
 
-    valid_lengths = own.to(device) if own is not None else None
     if lengths is not None:
-        valid_lengths = _check_lengths(lengths, batch, steps, exact).to(device)
-    if valid_lengths is None:
+        own = check_lengths(lengths, batch, steps, exact)
+    if own is None:
         valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
+    else:
+        valid_lengths = _on(own, device)
     places = None  # [B, T] the step at which a sequence's k-th valid step stands; None: the k-th
     if mask is not None:
-        valid = _check_flags("mask", mask, form).to(device)
+        valid = _on(_check_flags("mask", mask, form), device)
         valid = valid & (torch.arange(steps, device=device) < valid_lengths.unsqueeze(1))
         valid_lengths = valid.sum(1)
         places = torch.argsort(~valid, dim=1, descending=False, stable=True)
     segments = None
-    owner, length = torch.arange(batch, device=device), valid_lengths
+    length = valid_lengths
     if resets is not None:
-        segments = _cut(
-            _check_flags("resets", resets, form).to(device), places, valid_lengths, exact
-        )
-        owner, length = segments.owner, segments.length
+        reset = _on(_check_flags("resets", resets, form), device)
+        segments = _cut(reset, places, valid_lengths, exact)
+        length = segments.length
 
     length, order = torch.sort(length, descending=True, stable=True)
-    owner = owner.index_select(0, order)
+    owner = order if segments is None else segments.owner.index_select(0, order)
     sequences = owner.shape[0]
-
-    # batch_sizes[t] = sequences longer than t, from the histogram of the lengths.
-    ending = torch.zeros(steps + 1, dtype=torch.int64, device=device)
-    ending = ending.scatter_add(0, length, torch.ones_like(length))
-    batch_sizes = sequences - ending.cumsum(0)[:-1]
-    rows = batch * steps
     if exact:
-        batch_sizes = batch_sizes[: int(length[0]) if batch else 0]
-        rows = int(batch_sizes.sum())
+        on_host = length.tolist()
+        batch_sizes = torch.tensor(_staircase(on_host), dtype=torch.int64, device=device)
+        rows = sum(on_host)
+    else:  # sequences longer than t, from the histogram of the lengths
+        ending = torch.zeros(steps + 1, dtype=torch.int64, device=device)
+        ending = ending.scatter_add(0, length, torch.ones_like(length))
+        batch_sizes = sequences - ending.cumsum(0)[:-1]
+        rows = batch * steps
 
-    # Row n is step `step` of the n - offset-th sequence.
+    # Row n is step `step` of sequence n - (first row of that step).
     stops = batch_sizes.cumsum(0)
     row = torch.arange(rows, device=device)
     step = torch.searchsorted(stops, row, right=True)
@@ -193,23 +216,39 @@ def ragged_layout(
     if not exact:
         gather = torch.where(unused, form.entries, gather)
 
+    enters = None
     if segments is None:
-        enters, leaves = None, torch.argsort(order).unsqueeze(0)
+        leaves = torch.empty_like(order)
+        leaves = leaves.scatter(0, order, torch.arange(batch, device=device)).unsqueeze(0)
     else:
         first, last = segments.first.index_select(0, order), segments.last.index_select(0, order)
         enters = torch.stack([first & segments.keeps_initial.index_select(0, order), last])
+        enters = _on(enters, form.device)
         leaves = torch.stack([_where_owned(last, owner, batch), _where_owned(first, owner, batch)])
-        enters = enters.to(form.device, non_blocking=True)
     return PackedLayout(
         rows,
         sequences,
         batch_sizes,
-        gather.to(form.device, non_blocking=True),
-        owner.to(form.device, non_blocking=True),
+        _on(gather, form.device),
+        _on(owner, form.device),
         enters,
-        leaves.to(form.device, non_blocking=True),
+        _on(leaves, form.device),
         exact,
     )
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
+
+
+def _staircase(lengths: list[int]) -> list[int]:
+    """Of lengths sorted from long to short, how many are longer than 0, 1, 2, ..."""
+    sizes: list[int] = []
+    alive = len(lengths)
+    for length in reversed(lengths):
+        sizes.extend([alive] * (length - len(sizes)))
+        alive -= 1
+    return sizes
 
 
 def _cut(reset: Tensor, places: Tensor | None, valid_lengths: Tensor, exact: bool) -> _Segments:
@@ -256,10 +295,10 @@ def _where_owned(flag: Tensor, owner: Tensor, batch: int) -> Tensor:
     )[:batch]
 
 
-def _check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tensor:
+def check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tensor:
     """``lengths`` as ``[B]`` int64, refused with the reason where it does not fit the input."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(list(lengths))
+        lengths = torch.tensor(list(lengths), device="cpu")
         if lengths.numel() == 0:
             lengths = lengths.to(torch.int64)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
@@ -270,16 +309,17 @@ def _check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Ten
         )
     lengths = lengths.detach().to(torch.int64)
     if exact:
-        if batch and int(lengths.min()) < 0:
-            raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
-        if batch and int(lengths.max()) > steps:
+        on_host = lengths.tolist()
+        if on_host and min(on_host) < 0:
+            raise ValueError(f"lengths must not be negative, got {min(on_host)}")
+        if on_host and max(on_host) > steps:
             raise ValueError(
-                f"lengths must be at most the {steps} steps of the input, got "
-                f"{int(lengths.max())}; pad the input to the longest sequence"
+                f"lengths must be at most the {steps} steps of the input, got {max(on_host)}; "
+                "pad the input to the longest sequence"
             )
     else:  # checked where the data are, without waiting for them
         fits = ((lengths >= 0) & (lengths <= steps)).all()
-        torch._assert_async(fits, f"lengths must lie in [0, {steps}] (the steps of the input)")
+        torch._assert_async(fits, "lengths must lie in [0, T], T the steps of the input")
     return lengths
 
 

@@ -1,37 +1,34 @@
-"""The recurrence as dense rectangles, each torch's own oneDNN LSTM: the other CPU path.
+"""The recurrence as dense rectangles, each torch's own oneDNN LSTM: the fast path for ragged input.
 
 A ragged batch sorted by decreasing length is a staircase. Cut at some of its steps it becomes
 rectangles, one for each run of steps, whose rows are the sequences still active at the run's start;
-the states at a rectangle's end enter the next. Within a rectangle sequences may end early: on their
-padded steps one extra input feature, 1 there and 0 elsewhere, has weights -CARRY for gate i and
-+CARRY for f. So i = 0 and f = 1 exactly, c is carried bit for bit, and every gate's gradient is
-exactly zero. Outputs of padded steps are dropped; h_n is read at each sequence's last valid step.
+the states at a rectangle's end enter the next. Within a rectangle sequences may end early: the
+carry feature of onednn.py keeps their cell states exact. Outputs of padded steps are dropped; h_n
+is read at each sequence's last valid step.
 
 The reverse direction is the same with each sequence's rows in reverse order.
 
 Where to cut is a free choice: :func:`plan` weighs the fixed cost of a call against the padded steps
 by dynamic programming over the lengths, and says what the result will cost.
 
-Limits: float32; no projection; no cell-state sequence (oneDNN returns outputs and final states
-    only).
+Limits: those of onednn.py.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from fastrnn import onednn
+from fastrnn.costs import RectangleCosts
 from fastrnn.reference import Forward, Gradients, LayerWeights
-
-# Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
-CARRY = 1e4
-
-_LSTM_MODE = 2  # oneDNN's number for an LSTM in torch's interface
 
 
 class Rectangle(NamedTuple):
@@ -49,34 +46,8 @@ class Plan(NamedTuple):
     seconds: float
 
 
-class Costs(NamedTuple):
-    """What running a batch costs, in seconds, as a linear model.
-
-    Attributes:
-        call: of one rectangle, whatever its size.
-        row: of one row.
-        step: of one step of a rectangle besides its rows, in rows.
-    """
-
-    call: float
-    row: float
-    step: float = 0.5
-
-
-def costs(input_size: int, hidden_size: int, train: bool) -> Costs:
-    """The model of a rectangle's cost, fitted to (I, H) from (12, 64) to (256, 512).
-
-    Measured with torch 2.13 on one thread of an AMD EPYC (Zen 3, AVX2); only ratios matter. A call
-    packs the weights anew, so its cost grows with them.
-    """
-    weights = 4 * hidden_size * (input_size + hidden_size)
-    if train:
-        return Costs(call=350e-6 + 3.2e-9 * weights, row=1.6e-6 + 0.09e-9 * weights)
-    return Costs(call=130e-6 + 1.0e-9 * weights, row=1.0e-6 + 0.03e-9 * weights)
-
-
 @functools.lru_cache(maxsize=32)
-def plan(sizes: tuple[int, ...], cost: Costs, most_edges: int = 48) -> Plan:
+def plan(sizes: tuple[int, ...], cost: RectangleCosts, most_edges: int = 20) -> Plan:
     """The cheapest cuts of the staircase ``sizes``.
 
     Args:
@@ -107,17 +78,7 @@ def plan(sizes: tuple[int, ...], cost: Costs, most_edges: int = 48) -> Plan:
         first = edges[cut[end]]
         rectangles.append(Rectangle(first, edges[end], sizes[first]))
         end = cut[end]
-    return Plan(tuple(reversed(rectangles)), best[-1])
-
-
-def available(rows: Tensor) -> bool:
-    """Whether oneDNN can run these rows."""
-    return (
-        rows.device.type == "cpu"
-        and rows.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch._C._get_mkldnn_enabled()
-    )
+    return Plan(tuple(reversed(rectangles)), best[-1] + cost.layer)
 
 
 class _Grid(NamedTuple):
@@ -138,28 +99,31 @@ class _Grid(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _grid(sizes: tuple[int, ...], rectangles: tuple[Rectangle, ...], reverse: bool) -> _Grid:
-    step_slots: list[int] = []
+    step_slots: list[int] = []  # the first slot of each step
     slots = 0
     for first, last, sequences in rectangles:
         step_slots.extend(range(slots, slots + (last - first) * sequences, sequences))
         slots += (last - first) * sequences
-    size = torch.tensor(sizes)
-    count = int(size.sum())
-    offset = size.cumsum(0) - size
-    step = torch.repeat_interleave(torch.arange(len(sizes)), size)
-    sequence = torch.arange(count) - offset[step]
-    lengths = (size.unsqueeze(1) > torch.arange(sizes[0])).sum(0)
-    walked = lengths[sequence] - 1 - step if reverse else step
-    slot = torch.tensor(step_slots)[walked] + sequence
-    row = torch.full((slots,), -1).scatter(0, slot, torch.arange(count))
-    padding = (row < 0).nonzero().squeeze(1)
-    ends = torch.arange(sizes[0])
-    last_row = ends if reverse else offset[lengths - 1] + ends
-    return _Grid(slot, row.clamp(min=0), padding, last_row)
+    stops = list(itertools.accumulate(sizes))
+    offsets = [0, *stops[:-1]]
+    ends: list[int] = []  # the row of each sequence's last step in time
+    for offset, size in zip(reversed(offsets), reversed(sizes), strict=True):
+        ends.extend(range(offset + len(ends), offset + size))
 
-
-def _is_dense(sizes: Sequence[int]) -> bool:
-    return sizes[0] == sizes[-1]
+    cpu = torch.device("cpu")  # whatever the default device
+    repeats, row = torch.tensor(sizes, device=cpu), torch.arange(stops[-1], device=cpu)
+    if reverse:
+        step = torch.arange(len(sizes), device=cpu).repeat_interleave(repeats)
+        sequence = row - torch.tensor(offsets, device=cpu)[step]
+        lengths = step[torch.tensor(ends, device=cpu)] + 1
+        slot = torch.tensor(step_slots, device=cpu)[lengths[sequence] - 1 - step] + sequence
+    else:
+        shifts = [slot - offset for slot, offset in zip(step_slots, offsets, strict=True)]
+        slot = row + torch.tensor(shifts, device=cpu).repeat_interleave(repeats)
+    row_of_slot = torch.zeros(slots, dtype=torch.int64, device=cpu).index_copy_(0, slot, row)
+    empty = torch.ones(slots, dtype=torch.bool, device=cpu).index_fill_(0, slot, False)
+    last_row = torch.arange(sizes[0], device=cpu) if reverse else torch.tensor(ends, device=cpu)
+    return _Grid(slot, row_of_slot, empty.nonzero().squeeze(1), last_row)
 
 
 def _to_slots(rows: Tensor, grid: _Grid) -> Tensor:
@@ -168,37 +132,13 @@ def _to_slots(rows: Tensor, grid: _Grid) -> Tensor:
     return slots.index_fill_(0, grid.padding, 0) if grid.padding.numel() else slots
 
 
-class _Operands(NamedTuple):
-    """What every call of a direction shares."""
-
-    inputs: list[Tensor]  # [steps, sequences, I or I + 1] of each rectangle
-    weight_ih: Tensor  # [4H, I or I + 1]
-    bias_ih: Tensor
-    bias_hh: Tensor
-    backwards: bool  # whether oneDNN walks the steps from last to first
-
-
-def _operands(
-    rows: Tensor,
-    sizes: tuple[int, ...],
-    rectangles: Sequence[Rectangle],
-    weights: LayerWeights,
-    reverse: bool,
-    grid: _Grid | None,
-) -> _Operands:
-    weight_ih = weights.ih
-    slots = rows if grid is None else _to_slots(rows, grid)
-    if grid is not None and grid.padding.numel():
-        carry = slots.new_zeros(slots.shape[0], 1).index_fill_(0, grid.padding, 1.0)
-        slots = torch.cat([slots, carry], 1)
-        gate = weight_ih.new_tensor([-CARRY, CARRY, 0.0, 0.0])
-        column = gate.repeat_interleave(weights.hidden_size).unsqueeze(1)
-        weight_ih = torch.cat([weight_ih, column], 1)
-    bias_ih, bias_hh = weights.bias_ih, weights.bias_hh
-    if bias_ih is None or bias_hh is None:
-        bias_ih = bias_hh = weights.ih.new_zeros(weights.ih.shape[0])
-    inputs = _by_rectangle(slots, rectangles)
-    return _Operands(inputs, weight_ih, bias_ih, bias_hh, backwards=reverse and grid is None)
+def _input_slots(rows: Tensor, grid: _Grid) -> Tensor:
+    """The input's slots, ``[M, I]``, with the carry feature where there is padding."""
+    if not grid.padding.numel():
+        return _to_slots(rows, grid)
+    slots = _to_slots(functional.pad(rows, (0, 1)), grid)
+    slots[:, -1:].index_fill_(0, grid.padding, 1.0)
+    return slots
 
 
 def _by_rectangle(slots: Tensor, rectangles: Sequence[Rectangle]) -> list[Tensor]:
@@ -222,60 +162,36 @@ def rectangle_forward(
     """One direction over all rows: :func:`fastrnn.reference.lstm_forward` by oneDNN.
 
     Args:
-        rows: ``[N, I]`` float32, contiguous.
+        rows: ``[N, I]`` float32.
         sizes: active sequences at each step, non-increasing, sum N, not empty.
         weights: without a projection.
         h_0: ``[S, H]``.
         c_0: ``[S, H]``.
         rectangles: of :func:`plan` for ``sizes``.
         reverse: walk the steps from last to first.
-        save: keep oneDNN's workspaces and the states between rectangles.
+        save: keep the input's slots, oneDNN's workspaces and the states between rectangles.
 
     Returns:
         See :class:`fastrnn.reference.Forward`; ``c`` is None.
     """
-    grid = None if _is_dense(sizes) else _grid(sizes, tuple(rectangles), reverse)
-    operands = _operands(rows, sizes, rectangles, weights, reverse, grid)
-    hidden_size = weights.hidden_size
+    grid = _grid(sizes, tuple(rectangles), reverse)
+    slots = _input_slots(rows, grid)
+    operands = onednn.operands(weights, carry=grid.padding.numel() > 0)
     h, c = h_0, c_0
-    outputs, ended, saved = [], [c_0[sizes[0] :]], []
-    # oneDNN makes its workspace for backward only where gradients are enabled.
-    with torch.set_grad_enabled(save):
-        for index, (x, rectangle) in enumerate(zip(operands.inputs, rectangles, strict=True)):
-            entering = (
-                h[: rectangle.sequences].contiguous(),
-                c[: rectangle.sequences].contiguous(),
-            )
-            output, h, c, workspace = torch.ops.aten.mkldnn_rnn_layer(
-                x,
-                operands.weight_ih,
-                weights.hh,
-                operands.bias_ih,
-                operands.bias_hh,
-                *entering,
-                operands.backwards,
-                [],
-                _LSTM_MODE,
-                hidden_size,
-                1,
-                True,
-                False,
-                False,
-                save,
-            )
-            h, c = h.view(-1, hidden_size), c.view(-1, hidden_size)
-            if save:
-                saved.extend([*entering, h, c, workspace])
-            outputs.append(output.view(-1, hidden_size))
-            following = rectangles[index + 1].sequences if index + 1 < len(rectangles) else 0
-            ended.append(c[following:])
-    slots = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if grid is None:
-        h_n = torch.cat([h, h_0[sizes[0] :]])
-        h_rows = slots
-    else:
-        h_rows = slots.index_select(0, grid.slot)
-        h_n = torch.cat([h_rows.index_select(0, grid.last), h_0[sizes[0] :]])
+    outputs, ended, saved = [], [c_0[sizes[0] :]], [slots, operands.ih]
+    for index, x in enumerate(_by_rectangle(slots, rectangles)):
+        sequences = rectangles[index].sequences
+        h_enter, c_enter = h[:sequences].contiguous(), c[:sequences].contiguous()
+        output, h, c, workspace = onednn.dense_forward(
+            x, operands, h_enter, c_enter, reverse=False, save=save
+        )
+        if workspace is not None:
+            saved.extend([h_enter, c_enter, h, c, workspace])
+        outputs.append(output.view(-1, h.shape[1]))
+        following = rectangles[index + 1].sequences if index + 1 < len(rectangles) else 0
+        ended.append(c[following:])
+    h_rows = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, grid.slot)
+    h_n = torch.cat([h_rows.index_select(0, grid.last), h_0[sizes[0] :]])
     return Forward(h_rows, h_n, torch.cat(ended[::-1]), None, tuple(saved))
 
 
@@ -313,78 +229,43 @@ def rectangle_backward(
     Returns:
         See :class:`fastrnn.reference.Gradients`; all are computed.
     """
-    grid = None if _is_dense(sizes) else _grid(sizes, tuple(rectangles), reverse)
-    operands = _operands(rows, sizes, rectangles, weights, reverse, grid)
+    grid = _grid(sizes, tuple(rectangles), reverse)
+    slots, weight_ih, *states = saved
+    operands = onednn.operands(weights, carry=False)._replace(ih=weight_ih)
     active, hidden_size = sizes[0], weights.hidden_size
-    d_h_0 = torch.zeros_like(h_0) if d_h_n is None else d_h_n.clone()
-    d_c_0 = torch.zeros_like(c_0) if d_c_n is None else d_c_n.clone()
-    d_slots = torch.zeros_like(h) if d_h is None else d_h
-    if grid is None:
-        d_h_state, output_slots = d_h_0[:active], h.contiguous()
-    else:
-        if d_h_n is not None:
-            d_slots = d_slots.index_add(0, grid.last, d_h_n[:active])
-        d_slots, output_slots = _to_slots(d_slots, grid), _to_slots(h, grid)
-        d_h_state = d_h_0[: rectangles[-1].sequences].zero_()
-    d_outputs = _by_rectangle(d_slots.contiguous(), rectangles)
-    outputs = _by_rectangle(output_slots, rectangles)
+    d_h_0, d_c_0 = h_0.new_zeros(h_0.shape), c_0.new_zeros(c_0.shape)
+    d_slots = h.new_zeros(h.shape) if d_h is None else d_h
+    if d_h_n is not None:
+        d_h_0.copy_(d_h_n)
+        d_slots = d_slots.index_add(0, grid.last, d_h_n[:active])
+    if d_c_n is not None:
+        d_c_0.copy_(d_c_n)
+    inputs = _by_rectangle(slots, rectangles)
+    outputs = _by_rectangle(_to_slots(h, grid), rectangles)
+    d_outputs = _by_rectangle(_to_slots(d_slots, grid), rectangles)
     d_inputs: list[Tensor] = []
-    totals: list[Tensor] = []
+    totals: onednn.Operands | None = None
+    d_h_state = h_0.new_zeros(rectangles[-1].sequences, hidden_size)
     d_c_state = d_c_0[: rectangles[-1].sequences]
     for index in range(len(rectangles) - 1, -1, -1):
-        sequences = rectangles[index].sequences
-        entering_h, entering_c, h_end, c_end, workspace = saved[5 * index : 5 * index + 5]
-        joining = sequences - d_h_state.shape[0]
+        h_enter, c_enter, h_end, c_end, workspace = states[5 * index : 5 * index + 5]
+        joining = rectangles[index].sequences - d_h_state.shape[0]
         if joining:  # sequences that end in this rectangle: d_h reached them through d_outputs
-            d_c_state = torch.cat([d_c_state, d_c_0[d_c_state.shape[0] : sequences]])
+            d_c_state = torch.cat([d_c_state, d_c_0[d_c_state.shape[0] :][:joining]])
             d_h_state = torch.cat([d_h_state, d_h_state.new_zeros(joining, hidden_size)])
-        d_input, d_ih, d_hh, d_bias_ih, d_bias_hh, d_h_state, d_c_state = (
-            torch.ops.aten.mkldnn_rnn_layer_backward(
-                operands.inputs[index],
-                operands.weight_ih,
-                weights.hh,
-                operands.bias_ih,
-                operands.bias_hh,
-                entering_h,
-                entering_c,
-                outputs[index],
-                h_end,
-                c_end,
-                d_outputs[index],
-                d_h_state,
-                d_c_state,
-                operands.backwards,
-                _LSTM_MODE,
-                hidden_size,
-                1,
-                True,
-                True,
-                False,
-                [],
-                False,
-                workspace,
-            )
+        d_input, d_weights, d_h_state, d_c_state = onednn.dense_backward(
+            *(d_outputs[index], d_h_state, d_c_state, inputs[index], operands),
+            *(h_enter, c_enter, outputs[index], h_end, c_end, workspace),
+            reverse=False,
         )
-        d_h_state, d_c_state = d_h_state.view(-1, hidden_size), d_c_state.view(-1, hidden_size)
         d_inputs.append(d_input.view(-1, d_input.shape[-1]))
-        parts = (d_ih, d_hh, d_bias_ih, d_bias_hh)
-        if totals:
-            for total, part in zip(totals, parts, strict=True):
-                total.add_(part)
+        if totals is None:
+            totals = d_weights
         else:
-            totals.extend(parts)
+            for total, part in zip(totals, d_weights, strict=True):
+                total.add_(part)
+    assert totals is not None
     d_h_0[:active], d_c_0[:active] = d_h_state, d_c_state
     d_rows = d_inputs[0] if len(d_inputs) == 1 else torch.cat(d_inputs[::-1])
-    if grid is not None:
-        d_rows = d_rows.index_select(0, grid.slot)
-    input_size = rows.shape[1]
-    d_ih, d_hh, d_bias_ih, d_bias_hh = totals
-    biases = (None, None) if weights.bias_ih is None else (d_bias_ih, _own(d_bias_hh, d_bias_ih))
-    return Gradients(
-        d_rows[:, :input_size], d_h_0, d_c_0, (d_ih[:, :input_size], d_hh, *biases, None)
-    )
-
-
-def _own(tensor: Tensor, other: Tensor) -> Tensor:
-    """``tensor`` in memory of its own: oneDNN returns one bias gradient twice."""
-    return tensor.clone() if tensor.data_ptr() == other.data_ptr() else tensor
+    d_rows = d_rows.index_select(0, grid.slot)[:, : rows.shape[1]]
+    return Gradients(d_rows, d_h_0, d_c_0, onednn.weight_gradients(totals, weights))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastrnn import costs, onednn, reference
 from fastrnn import rectangles as rects
-from fastrnn import reference
 from fastrnn.reference import Forward, Gradients, LayerWeights
 
 
@@ -70,6 +70,14 @@ def flatten_weights(weights: Sequence[LayerWeights]) -> list[Tensor]:
     return [tensor for direction in weights for tensor in direction if tensor is not None]
 
 
+def host_sizes(batch_sizes: Tensor) -> tuple[int, ...]:
+    """``batch_sizes`` on the host, without the steps of a bounded layout that nobody reaches."""
+    sizes: list[int] = batch_sizes.tolist()
+    while sizes and sizes[-1] == 0 and sizes[0] > 0:
+        sizes.pop()
+    return tuple(sizes)
+
+
 def pad_rows(rows: Tensor, count: int) -> Tensor:
     """``[..., n, F]`` to ``[..., count, F]``, zeros behind; shares memory with nothing."""
     return functional.pad(rows, (0, 0, 0, count - rows.shape[-2]))
@@ -93,13 +101,14 @@ def _plan(call: Call, rows: Tensor, weights: LayerWeights, train: bool) -> rects
         or call.cell_states
         or call.projection
         or not rows.numel()
-        or not rects.available(rows)
+        or not onednn.available(rows)
     ):
         return None
-    input_size, hidden_size = rows.shape[1], weights.hidden_size
-    plan = rects.plan(call.sizes, rects.costs(input_size, hidden_size, train))
-    steps = reference.seconds(call.sizes, input_size, hidden_size, train)
-    return plan if plan.seconds <= steps else None
+    shape = rows.shape[1], weights.hidden_size
+    threads = torch.get_num_threads()
+    plan = rects.plan(call.sizes, costs.rectangle_costs(*shape, train=train, threads=threads))
+    loop = costs.step_loop_seconds(call.sizes, *shape, train=train, threads=threads)
+    return plan if plan.seconds <= loop else None
 
 
 class DirectionRun(NamedTuple):
@@ -119,16 +128,27 @@ class OutputGradients(NamedTuple):
     c: Tensor | None
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inputs have been cast already; autocast must not cast what is computed inside."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def _to_compute(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the dtype they are computed in, without their history."""
-    return [tensor.detach().to(compute_dtype(tensor.dtype)) for tensor in tensors]
+    dtype = compute_dtype(tensors[0].dtype)
+    if dtype == tensors[0].dtype:
+        return [tensor.detach() for tensor in tensors]
+    return [tensor.detach().to(dtype) for tensor in tensors]
 
 
 def run_forward(
@@ -184,7 +204,8 @@ def run_backward(
     each = len(flat) // call.directions
     d_rows: Tensor | None = None
     results: list[Gradients] = []
-    for index, (weights, run) in enumerate(zip(call.unflatten(flat), directions, strict=True)):
+    by_direction = call.unflatten(flat)
+    for index, (weights, run) in enumerate(zip(by_direction, directions, strict=True)):
         reverse = index == 1
         d_h = _columns(grads.h, index, size_h)
         d_h_n = None if grads.h_n is None else grads.h_n[index]
@@ -210,7 +231,7 @@ def run_backward(
             d_rows = result.rows if d_rows is None else d_rows + result.rows
     d_flat = [
         gradient
-        for result, weights in zip(results, call.unflatten(flat), strict=True)
+        for result, weights in zip(results, by_direction, strict=True)
         for gradient, weight in zip(result.weights, weights, strict=True)
         if weight is not None
     ]
@@ -287,14 +308,19 @@ class LSTMRecurrence(torch.autograd.Function):
 
 
 def run_composite(
-    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+    call: Call,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
 ) -> LayerOutput:
     """The layer in differentiable operations."""
     dtype = rows.dtype
     rows, h_0, c_0, *flat = (t.to(compute_dtype(dtype)) for t in (rows, h_0, c_0, *flat))
     results = [
         reference.lstm_composite(
-            rows, call.sizes, weights, h_0[index], c_0[index], reverse=index == 1
+            *(rows, call.sizes, weights, h_0[index], c_0[index]),
+            reverse=index == 1,
         )
         for index, weights in enumerate(call.unflatten(flat))
     ]
@@ -302,13 +328,20 @@ def run_composite(
 
 
 def _differentiable_backward(
-    call: Call, grads: OutputGradients, inputs: Sequence[Tensor], needs: Sequence[bool]
+    call: Call,
+    grads: OutputGradients,
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients as functions of inputs and ``grads`` that can be differentiated again."""
     # Views, so that a gradient reaches an input here only through this layer.
     views = [tensor.view_as(tensor) for tensor in inputs]
     outputs = run_composite(call, views[0], views[1], views[2], views[3:])
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    pairs = [
+        (output, gradient)
+        for output, gradient in zip(outputs, grads, strict=True)
+        if output is not None and gradient is not None and output.requires_grad
+    ]
     wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
     found = iter(
         torch.autograd.grad(

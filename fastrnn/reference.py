@@ -62,7 +62,9 @@ class LayerWeights(NamedTuple):
         return self.hh.shape[0] // 4
 
     def to(self, dtype: torch.dtype) -> LayerWeights:
-        """The weights in another dtype."""
+        """The weights in this dtype."""
+        if self.ih.dtype == dtype:
+            return self
         return LayerWeights(
             self.ih.to(dtype),
             self.hh.to(dtype),
@@ -112,16 +114,6 @@ class _Block(NamedTuple):
     last: int
     begin: int
     end: int
-
-
-def seconds(sizes: Sequence[int], input_size: int, hidden_size: int, train: bool) -> float:
-    """What the step loop costs on the CPU; fitted as the model of rectangles.py."""
-    weights = 4 * hidden_size * (input_size + hidden_size)
-    if train:
-        step, row = 60e-6, 1.5e-6 + 0.10e-9 * weights
-    else:
-        step, row = 25e-6, 0.9e-6 + 0.034e-9 * weights
-    return len(sizes) * (step + 4 * row) + sum(sizes) * row
 
 
 def _blocks(sizes: Sequence[int], hidden_size: int) -> list[_Block]:

@@ -34,8 +34,8 @@ def run_stack(
     rows: Tensor,
     layout: PackedLayout,
     layers: Sequence[Sequence[LayerWeights]],
-    h_0: Tensor,
-    c_0: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
     *,
     dropout: float = 0.0,
     cell_states: bool = False,
@@ -48,7 +48,8 @@ def run_stack(
         layout: of the batch.
         layers: the weights of each layer's directions, in the dtype of ``rows``.
         h_0: ``[L * D, B, P]`` in the batch's order, as nn.LSTM numbers layers and directions.
-        c_0: ``[L * D, B, H]``.
+            None: zeros.
+        c_0: ``[L * D, B, H]``, likewise.
         dropout: probability that an entry of a layer's output is zeroed before the next layer.
         cell_states: return the last layer's cell states.
         backend: see backends.py.
@@ -57,6 +58,7 @@ def run_stack(
         See :class:`StackOutput`.
     """
     directions = len(layers[0])
+    zeros = [rows.new_zeros(directions, layout.sequences, width) for width in _widths(layers[0])]
     h_n, c_n = [], []
     c = None
     for index, weights in enumerate(layers):
@@ -67,8 +69,8 @@ def run_stack(
             rows,
             layout,
             weights,
-            layout.enter(h_0[part]),
-            layout.enter(c_0[part]),
+            zeros[0] if h_0 is None else layout.enter(h_0[part]),
+            zeros[1] if c_0 is None else layout.enter(c_0[part]),
             cell_states=cell_states and index == len(layers) - 1,
             backend=backend,
         )
@@ -76,6 +78,11 @@ def run_stack(
         h_n.append(layout.leave(output.h_n))
         c_n.append(layout.leave(output.c_n))
     return StackOutput(rows, _concatenate(h_n), _concatenate(c_n), c)
+
+
+def _widths(layer: Sequence[LayerWeights]) -> tuple[int, int]:
+    """P and H."""
+    return layer[0].hh.shape[1], layer[0].hidden_size
 
 
 def _concatenate(states: list[Tensor]) -> Tensor:

@@ -1,0 +1,84 @@
+"""What a layer costs on the CPU, by path: the models behind the choice between them.
+
+Seconds, linear in rows, steps, calls and weights, for float32. Fitted to the fastest of repeated
+measurements, interleaved, of (I, H) from (12, 64) to (256, 512), B from 1 to 64 and one and two
+threads, with torch 2.13 on an AMD EPYC (Zen 3, AVX2). Only ratios matter: between the paths, and
+between one more call and some more rows.
+
+W below is a direction's weights, 4H (I + H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class RectangleCosts(NamedTuple):
+    """Of the path in rectangles.py.
+
+    Attributes:
+        layer: once a direction: finding the slots and moving rows to them and back.
+        call: once a rectangle; oneDNN packs the weights anew in each.
+        row: of a row, padding included.
+        step: of a step of a rectangle, in rows.
+    """
+
+    layer: float
+    call: float
+    row: float
+    step: float = 0.5
+
+
+def rectangle_costs(
+    input_size: int, hidden_size: int, *, train: bool, threads: int
+) -> RectangleCosts:
+    """The model of rectangles.py; its rows scale with the threads, its packing less well."""
+    weights = 4 * hidden_size * (input_size + hidden_size)
+    packing = weights / threads**0.7
+    if train:
+        return RectangleCosts(
+            250e-6, 400e-6 + 2.0e-9 * packing, (1.2e-6 + 0.075e-9 * weights) / threads
+        )
+    return RectangleCosts(
+        150e-6, 180e-6 + 0.28e-9 * packing, (0.8e-6 + 0.024e-9 * weights) / threads
+    )
+
+
+def step_loop_seconds(
+    sizes: Sequence[int], input_size: int, hidden_size: int, *, train: bool, threads: int
+) -> float:
+    """The model of reference.py; its many small products use more threads badly.
+
+    Args:
+        sizes: active sequences at each step.
+        input_size: I.
+        hidden_size: H.
+        train: forward and backward, rather than forward alone.
+        threads: torch's.
+    """
+    weights = 4 * hidden_size * (input_size + hidden_size)
+    scale = float(threads**-0.7)
+    if train:
+        layer, step, row = 0.45e-3, 40e-6, 1.2e-6 + 0.073e-9 * weights
+        layer, step = layer + 1.3e-9 * weights, step + 0.21e-9 * weights
+    else:
+        layer, step, row = 0.20e-3, 30e-6, 0.4e-6 + 0.025e-9 * weights
+        layer, step = layer + 1.1e-9 * weights, step + 0.14e-9 * weights
+    return layer + len(sizes) * step + sum(sizes) * row * scale
+
+
+def worth_padding(
+    padded_rows: int, input_size: int, hidden_size: int, *, train: bool, threads: int
+) -> bool:
+    """Whether computing the padding costs less than packing: its index work, plan and copies.
+
+    Args:
+        padded_rows: steps of the padded batch that are not valid.
+        input_size: I.
+        hidden_size: H.
+        train: forward and backward, rather than forward alone.
+        threads: torch's.
+    """
+    cost = rectangle_costs(input_size, hidden_size, train=train, threads=threads)
+    return padded_rows * cost.row <= (0.8e-3 if train else 0.4e-3)

@@ -1,0 +1,142 @@
+"""One direction of one dense layer by torch's oneDNN operator, and the carry feature for padding.
+
+The operator knows neither lengths nor masks. One extra input feature gives it padded steps all the
+same: 1 on a padded step and 0 elsewhere, with weights -CARRY for gate i and +CARRY for f. There
+i = 0 and f = 1 exactly, so c is carried bit for bit, and every gate's gradient is exactly zero.
+
+Limits: float32; no projection; no cell-state sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrnn.reference import LayerWeights
+
+# Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
+CARRY = 1e4
+
+_LSTM_MODE = 2  # the number of the LSTM in the operator's interface
+
+
+class Operands(NamedTuple):
+    """A direction's weights as the operator wants them: contiguous, with biases.
+
+    Attributes:
+        ih: ``[4H, I]``, or ``[4H, I + 1]`` with the carry feature.
+        hh: ``[4H, H]``.
+        bias_ih: ``[4H]``.
+        bias_hh: ``[4H]``.
+    """
+
+    ih: Tensor
+    hh: Tensor
+    bias_ih: Tensor
+    bias_hh: Tensor
+
+
+def available(rows: Tensor) -> bool:
+    """Whether oneDNN can run these rows."""
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def operands(weights: LayerWeights, *, carry: bool) -> Operands:
+    """The operator takes strided tensors for contiguous ones and computes something else."""
+    ih, hh = weights.ih.contiguous(), weights.hh.contiguous()
+    if carry:
+        ih = torch.cat([ih, _carry_column(weights.hidden_size)], 1)
+    if weights.bias_ih is None or weights.bias_hh is None:
+        zeros = ih.new_zeros(ih.shape[0])
+        return Operands(ih, hh, zeros, zeros)
+    return Operands(ih, hh, weights.bias_ih.contiguous(), weights.bias_hh.contiguous())
+
+
+@functools.lru_cache(maxsize=16)
+def _carry_column(hidden_size: int) -> Tensor:
+    """``[4H, 1]`` weights of the carry feature."""
+    gates = torch.tensor([-CARRY, CARRY, 0.0, 0.0], dtype=torch.float32, device="cpu")
+    return gates.repeat_interleave(hidden_size).unsqueeze(1)
+
+
+def dense_forward(
+    x: Tensor, weights: Operands, h_0: Tensor, c_0: Tensor, *, reverse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Outputs ``[T, B, H]``, final states ``[B, H]`` and, with ``save``, the workspace.
+
+    Args:
+        x: ``[T, B, I]``, contiguous.
+        weights: of :func:`operands`.
+        h_0: ``[B, H]``, contiguous.
+        c_0: ``[B, H]``, contiguous.
+        reverse: walk the steps from last to first.
+        save: make the workspace that :func:`dense_backward` needs.
+    """
+    hidden_size = h_0.shape[1]
+    # The operator makes its workspace only where gradients are enabled.
+    with torch.set_grad_enabled(save):
+        output, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
+            *(x, *weights, h_0, c_0, reverse, [], _LSTM_MODE, hidden_size),
+            *(1, True, False, False, save),
+        )
+    return output, h_n.view(-1, hidden_size), c_n.view(-1, hidden_size), workspace
+
+
+def dense_backward(
+    d_output: Tensor,
+    d_h_n: Tensor,
+    d_c_n: Tensor,
+    x: Tensor,
+    weights: Operands,
+    h_0: Tensor,
+    c_0: Tensor,
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    workspace: Tensor,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Operands, Tensor, Tensor]:
+    """Gradients of ``x``, the weights, ``h_0`` and ``c_0``; all tensors contiguous.
+
+    Args:
+        d_output: ``[T, B, H]``.
+        d_h_n: ``[B, H]``.
+        d_c_n: ``[B, H]``.
+        x: as in :func:`dense_forward`, and so are the next three and ``reverse``.
+        weights: see there.
+        h_0: see there.
+        c_0: see there.
+        output: what it returned, and so are the next three.
+        h_n: see there.
+        c_n: see there.
+        workspace: see there.
+        reverse: see there.
+    """
+    hidden_size = h_0.shape[1]
+    d_x, d_ih, d_hh, d_bias_ih, d_bias_hh, d_h_0, d_c_0 = torch.ops.aten.mkldnn_rnn_layer_backward(
+        *(x, *weights, h_0, c_0, output, h_n, c_n, d_output, d_h_n, d_c_n),
+        *(reverse, _LSTM_MODE, hidden_size, 1, True, True, False, [], False, workspace),
+    )
+    if d_bias_hh.data_ptr() == d_bias_ih.data_ptr():  # one gradient, returned twice
+        d_bias_hh = d_bias_hh.clone()
+    d_weights = Operands(d_ih, d_hh, d_bias_ih, d_bias_hh)
+    return d_x, d_weights, d_h_0.view(-1, hidden_size), d_c_0.view(-1, hidden_size)
+
+
+def weight_gradients(
+    d_weights: Operands, weights: LayerWeights
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ih, hh, bias_ih, bias_hh and hr: without the carry feature's, where it was."""
+    d_ih = d_weights.ih[:, : weights.ih.shape[1]]
+    if weights.bias_ih is None:
+        return d_ih, d_weights.hh, None, None, None
+    return d_ih, d_weights.hh, d_weights.bias_ih, d_weights.bias_hh, None
