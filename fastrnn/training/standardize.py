@@ -63,10 +63,10 @@ class Standardize(nn.Module):
                 "NaN or infinite: leave these steps out, or fill them in"
             )
         wide = steps.double()
-        std = wide.std(0, correction=0)
+        constant = (steps == steps[0]).all(0)
         standardize = cls(steps.shape[1])
         standardize.mean = wide.mean(0).to(steps)
-        standardize.std = torch.where(std > 0, std, 1.0).to(steps)
+        standardize.std = wide.std(0, correction=0).to(steps).masked_fill(constant, 1.0)
         return standardize
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,4 +74,5 @@ class Standardize(nn.Module):
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:
+        """The number of features, for `repr`."""
         return str(len(self.mean))

@@ -1,0 +1,90 @@
+"""`--compare`: the same training by torch alone, step by step beside fastrnn's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from fastrnn.recipes.side import Side
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class PackedLSTM(nn.LSTM):
+    """nn.LSTM as torch's documentation has it for ragged batches, called as fastrnn.LSTM is.
+
+    It packs, runs, and pads again; of fastrnn's arguments it takes `lengths`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As :class:`fastrnn.LSTM`, for a padded `x` and `lengths [B]` on the CPU."""
+        packed = pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False)
+        out, states = super().forward(packed, hx)
+        steps = x.shape[1 if self.batch_first else 0]
+        padded, _ = pad_packed_sequence(out, self.batch_first, total_length=steps)
+        return padded, states
+
+
+def compare_sides(
+    console: Console,
+    ours: Side,
+    theirs: Side,
+    steps: int,
+    metrics: Sequence[tuple[str, str, str]] = (),
+) -> None:
+    """Print two tables: the sides' time and results, and how far apart their losses are.
+
+    Args:
+        console: rich's console to print to.
+        ours: fastrnn's side.
+        theirs: torch's side, trained from the same weights on the same batches.
+        steps: in an epoch. The first epoch's differences are shown apart: they are rounding, and
+            training amplifies them afterwards.
+        metrics: rows of the recipe's own: a name, our value, their value.
+    """
+    from rich import box
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        table = Table(
+            "", title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        )
+        for column in columns:
+            table.add_column(column, justify="right")
+        return table
+
+    sides = (ours, theirs)
+    times = table("The same training twice, in turn step by step", ours.name, theirs.name, "")
+    medians = [statistics.median(side.seconds) for side in sides]
+    ratio = medians[1] / medians[0]
+    words = f"{ratio:.2f}× as fast" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+    times.add_row("step, median", *(f"{1e3 * median:.1f} ms" for median in medians), words)
+    times.add_row("step, p20 – p80", *(_spread(side.seconds) for side in sides))
+    times.add_row("all steps", *(f"{sum(side.seconds):.1f} s" for side in sides))
+    last = [statistics.fmean(side.losses[-steps:]) for side in sides]
+    times.add_row("loss, last epoch", *(f"{loss:.5f}" for loss in last))
+    for row in metrics:
+        times.add_row(*row)
+
+    losses = table("Difference of the losses, step by step", "mean", "largest", "at a loss of")
+    apart = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    for name, count in (("first epoch", steps), ("all epochs", len(apart))):
+        part = apart[:count]
+        loss = theirs.losses[part.index(max(part))]
+        losses.add_row(name, f"{statistics.fmean(part):.1e}", f"{max(part):.1e}", f"{loss:.3f}")
+    console.print()
+    console.print(times)
+    console.print(losses)
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    """The 20th and the 80th percentile."""
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
+    return f"{1e3 * fifths[0]:.1f} – {1e3 * fifths[-1]:.1f} ms"
