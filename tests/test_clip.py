@@ -20,7 +20,7 @@ from fastrnn.clip import clip_grad_norm_
 torch_clip_grad_norm_ = nn.utils.clip_grad_norm_
 inf, nan = math.inf, math.nan
 
-LONG = 2**20  # elements; longer float gradients are summed in chunks
+LONG = 2**18  # elements; here, longer float gradients are summed in chunks
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NORM_TYPES = [2.0, 1.0, inf, 3.0, 0.5, 0.0, -inf, -1.0, "inf", 2]
 
@@ -129,8 +129,8 @@ def test_norm_equal_to_max_norm_still_scales() -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_thresholds_a_rounding_from_the_norm(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
-    for value in (0.3, 1.0, 1.7, 23.0, 511.0, 5000.0):
-        for ratio in (1 - eps, 1 + eps / 2, 1 + eps, 1 + 2 * eps, 1 + 4 * eps, 2 - eps, 2 + eps):
+    for value in (0.3, 1.0, 1.7, 23.0, 511.0, 4990.0, 5001.0, 6000.0):
+        for ratio in (1 - eps, 1 + eps / 8, 1 + eps / 4, 1 + eps / 2, 1 + eps, 2 - eps, 2 + eps):
             assert_as_torch(lambda value=value: [torch.tensor([value], dtype=dtype)], value * ratio)
 
 
@@ -218,6 +218,10 @@ class TestParameters:
         expected = assert_as_torch(lambda: gradients, 1.0, error_if_nonfinite=True)
         assert expected.result == bits(torch.tensor(0.0))
         assert not expected.warned
+
+    def test_without_gradients_on_a_default_device_without_values(self) -> None:
+        with torch.device("meta"):
+            assert_as_torch(list, 1.0, error_if_nonfinite=True)
 
     @pytest.mark.parametrize("wrong", [None, 3, [None], [3], "ab"], ids=repr)
     def test_wrong_ones_get_torchs_error(self, wrong: object) -> None:
@@ -435,7 +439,18 @@ class TestNothingToClip:
 
 
 class TestLong:
-    """More than 2**20 elements: the norm is closer to the truth than torch's, the rest equal."""
+    """Above the limit the norm is closer to the truth than torch's; the rest is equal."""
+
+    @pytest.fixture(autouse=True)
+    def _lower_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(clip, "_LONG", LONG)
+
+    def test_the_limit_leaves_weights_of_1024_hidden_units_alone(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()
+        [grad] = normals((4 * 1024, 1024))
+        assert clip_grad_norm_(parameter(grad), inf) == torch._foreach_norm([grad])[0]
 
     @pytest.mark.parametrize("numel", [LONG + 1, LONG + 2**14, 3 * LONG + 12345])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -461,7 +476,7 @@ class TestLong:
 
     @pytest.mark.parametrize("foreach", [None, False])
     def test_among_short_ones_and_scaled(self, foreach: bool | None) -> None:
-        long, other = normals((LONG // 64, 65), (1025, 1024))
+        long, other = normals((LONG // 64, 65), (513, 512))
         gradients = [*three(), long, other.t(), torch.ones(3, dtype=torch.float64)]
         parameters = [parameter(g.clone()) for g in gradients]
         norm = clip_grad_norm_(parameters, 0.5, foreach=foreach)
@@ -497,7 +512,7 @@ class TestLong:
         assert torch.equal(*norms)
 
     def test_not_contiguous_is_torchs(self) -> None:
-        [grad] = normals((1025, 1024))
+        [grad] = normals((513, 512))
         norms = [
             function(parameter(grad.clone().t()), 1.0)
             for function in (clip_grad_norm_, torch_clip_grad_norm_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -566,25 +567,25 @@ def train_on_one_rank(rank, store):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
-    try:
-        torch.manual_seed(0)
-        pair = make_pair(num_layers=2, bidirectional=True)
-        torch.manual_seed(rank)
-        lengths = [6, 4, 2] if rank else [5, 5, 1]
-        x = pack_padded_sequence(torch.randn(T, B, I), lengths)
-        theirs, ours = (nn.parallel.DistributedDataParallel(lstm) for lstm in pair)
-        for lstm in (theirs, ours):
-            output, (h_n, _) = lstm(x)
-            (output.data.square().sum() + h_n.sum()).backward()
-        d_ours, d_theirs = (
-            {n: p.grad for n, p in lstm.named_parameters()} for lstm in (ours, theirs)
-        )
-        assert_close(d_ours, d_theirs)
-        of_all_ranks = [torch.empty_like(d_ours["module.weight_hh_l0"]) for _ in range(2)]
-        torch.distributed.all_gather(of_all_ranks, d_ours["module.weight_hh_l0"])
-        assert torch.equal(*of_all_ranks), "the ranks disagree, so nothing was averaged"
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.manual_seed(0)
+    pair = make_pair(num_layers=2, bidirectional=True)
+    torch.manual_seed(rank)
+    lengths = [6, 4, 2] if rank else [5, 5, 1]
+    x = pack_padded_sequence(torch.randn(T, B, I), lengths)
+    theirs, ours = (nn.parallel.DistributedDataParallel(lstm) for lstm in pair)
+    for lstm in (theirs, ours):
+        output, (h_n, _) = lstm(x)
+        (output.data.square().sum() + h_n.sum()).backward()
+    d_ours, d_theirs = ({n: p.grad for n, p in lstm.named_parameters()} for lstm in (ours, theirs))
+    assert_close(d_ours, d_theirs)
+    of_all_ranks = [torch.empty_like(d_ours["module.weight_hh_l0"]) for _ in range(2)]
+    torch.distributed.all_gather(of_all_ranks, d_ours["module.weight_hh_l0"])
+    assert torch.equal(*of_all_ranks), "the ranks disagree, so nothing was averaged"
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    # About one run in thirty aborted ("terminate called without an active exception"), most likely
+    # where a thread of gloo's meets Python's shutdown. So leave without one.
+    os._exit(0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,525 @@
+"""The recurrence: the rule chooses a path, all paths agree, backward is complete and repeatable."""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence
+
+import fastrnn
+from fastrnn import costs, rectangles, reference
+from tests.oracle import (
+    PATHS,
+    answer,
+    as_function,
+    assert_agree,
+    assert_identical,
+    by_list,
+    every_configuration,
+    every_path,
+    everything,
+    forced,
+    make_state,
+    valid_steps,
+    without_onednn,
+)
+
+B, T, I, H = 4, 6, 3, 5  # noqa: E741
+LENGTHS = [3, 6, 0, 5]
+
+
+def make(dtype=torch.float32, **config):
+    return fastrnn.LSTM(I, H, dtype=dtype, **config)
+
+
+def ragged_call(lstm, x, hx):
+    return by_list(lstm, x, hx, LENGTHS)
+
+
+def problem(lstm):
+    return torch.randn(T, B, I, dtype=lstm.weight_ih_l0.dtype), make_state(lstm, B)
+
+
+# --- which path runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls():
+    """How often each path's forward runs."""
+    seen = {"loop": 0, "rectangles": 0}
+
+    def counted(name, function):
+        def run(*args, **kwargs):
+            seen[name] += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    loop = counted("loop", reference.lstm_forward)
+    rects = counted("rectangles", rectangles.rectangle_forward)
+    with (
+        mock.patch.object(reference, "lstm_forward", loop),
+        mock.patch.object(rectangles, "rectangle_forward", rects),
+    ):
+        yield seen
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "loop_seconds", [0.0, math.inf], ids=["loop-cheaper", "rectangles-cheaper"]
+)
+def test_the_cheaper_path_runs(calls, loop_seconds, train, monkeypatch):
+    monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: loop_seconds)
+    with torch.set_grad_enabled(train):
+        make()(torch.randn(T, B, I), lengths=LENGTHS)
+    assert calls == ({"loop": 0, "rectangles": 1} if loop_seconds else {"loop": 1, "rectangles": 0})
+
+
+def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(monkeypatch):
+    asked = []
+
+    def step_loop_seconds(*args, train, threads):
+        asked.append(train)
+        return 0.0
+
+    monkeypatch.setattr(costs, "step_loop_seconds", step_loop_seconds)
+    lstm, x = make(), torch.randn(T, B, I)
+    lstm(x, lengths=LENGTHS)
+    with torch.no_grad():
+        lstm(x, lengths=LENGTHS)
+    lstm.requires_grad_(False)
+    lstm(x, lengths=LENGTHS)
+    lstm(x.requires_grad_(), lengths=LENGTHS)
+    assert asked == [True, False, False, True]
+
+
+NEEDS_THE_LOOP = {
+    "cell-states": ({}, {"return_cell_states": True}),
+    "projection": ({"proj_size": 2}, {}),
+    "float64": ({"dtype": torch.float64}, {}),
+    "backend-reference": ({"backend": "reference"}, {}),
+}
+
+
+@pytest.mark.parametrize(("config", "options"), NEEDS_THE_LOOP.values(), ids=NEEDS_THE_LOOP)
+def test_what_onednn_cannot_do_the_step_loop_does(config, options, calls, monkeypatch):
+    monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: math.inf)
+    lstm = make(**config)
+    lstm(torch.randn(T, B, I, dtype=lstm.weight_ih_l0.dtype), **options)
+    assert calls == {"loop": 1, "rectangles": 0}
+
+
+def test_without_onednn_the_step_loop_runs_and_computes_the_same(calls, monkeypatch):
+    monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: math.inf)
+    lstm = make(bidirectional=True)
+    x, hx = problem(lstm)
+    with without_onednn():
+        found = everything(ragged_call, lstm, x, hx)
+    assert calls["rectangles"] == 0
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_is_forced_runs(path, calls):
+    """What other tests rely on."""
+    lstm = make()
+    with forced(path):
+        lstm(torch.randn(T, B, I), lengths=LENGTHS)
+    assert calls["loop" if path == "loop" else "rectangles"] == 1
+
+
+@every_path
+@every_configuration
+def test_every_path_gives_the_answer(config, path):
+    lstm = make(**{**config, "batch_first": False})
+    x, hx = problem(lstm)
+    with forced(path):
+        found = everything(ragged_call, lstm, x, hx)
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
+
+
+def test_the_reference_backend_gives_the_answer():
+    lstm = make(num_layers=2, bidirectional=True, backend="reference")
+    x, hx = problem(lstm)
+    found = everything(ragged_call, lstm, x, hx)
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
+
+
+# --- backends ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError) as error:
+        make(backend="cudnn")
+    assert str(error.value) == "backend must be one of auto, reference, triton, got 'cudnn'"
+
+
+def test_an_unknown_backend_set_later_is_refused_too():
+    lstm = make()
+    lstm.backend = "cudnn"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        lstm(torch.randn(T, B, I))
+
+
+def test_triton_asked_for_where_it_cannot_run_says_why_and_what_to_do():
+    lstm = make(backend="triton")
+    with pytest.raises(RuntimeError) as error:
+        lstm(torch.randn(T, B, I))
+    assert str(error.value).startswith('backend="triton" cannot run: ')
+    assert 'Use backend="auto"' in str(error.value)
+
+
+def test_backends_tells_what_can_run_here():
+    found = fastrnn.backends()
+    assert found["reference"] == "available"
+    assert found["triton"] == "available" or found["triton"].startswith("unavailable: ")
+
+
+# --- backward, again and in part -----------------------------------------------------------------
+
+
+@every_path
+def test_a_second_backward_gives_the_same_bits(path):
+    lstm = make(num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, I, requires_grad=True)
+    with forced(path):
+        output, (h_n, c_n) = lstm(x, lengths=LENGTHS)
+        loss = output.square().sum() + h_n.sum() + c_n.square().sum()
+        inputs = [x, *lstm.parameters()]
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        second = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_path
+@pytest.mark.parametrize("kept", ["output", "h_n", "c_n"])
+def test_one_output_alone_in_the_loss(kept, path):
+    lstm = make(num_layers=2, bidirectional=True)
+    x, hx = problem(lstm)
+    skip = {"output", "h_n", "c_n"} - {kept}
+    with forced(path):
+        found = everything(ragged_call, lstm, x, hx, skip=skip)
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T), skip=skip))
+
+
+def test_cell_states_alone_in_the_loss():
+    lstm = make(num_layers=2, bidirectional=True)
+    x, hx = problem(lstm)
+
+    def call(lstm, x, hx):
+        output, states, cells = lstm(x, hx, lengths=LENGTHS, return_cell_states=True)
+        return output, *states, cells
+
+    skip = {"output", "h_n", "c_n"}
+    expected = answer(lstm, x, hx, valid=valid_steps(LENGTHS, T), cells=True, skip=skip)
+    assert_agree(everything(call, lstm, x, hx, skip=skip), expected)
+
+
+FREEZES = {
+    "x": lambda name: name == "x",
+    "states": lambda name: name in ("h_0", "c_0"),
+    "weight_ih": lambda name: name.startswith("weight_ih"),
+    "weight_hh": lambda name: name.startswith("weight_hh"),
+    "bias_ih": lambda name: name.startswith("bias_ih"),
+    "bias_hh": lambda name: name.startswith("bias_hh"),
+    "forward": lambda name: name.endswith("_l0"),
+    "reverse": lambda name: name.endswith("_reverse"),
+    "everything-but-h_0": lambda name: name != "h_0",
+}
+
+
+@every_path
+@pytest.mark.parametrize("freezes", FREEZES.values(), ids=FREEZES)
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(freezes, path):
+    lstm = make(bidirectional=True)
+    x, (h_0, c_0) = problem(lstm)
+    leaves = {"x": x, "h_0": h_0, "c_0": c_0, **dict(lstm.named_parameters())}
+
+    def gradients(names):
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in names)
+            leaf.grad = None
+        output, (h_n, c_n) = lstm(x, (h_0, c_0), lengths=LENGTHS)
+        (output.square().sum() + h_n.sum() + c_n.square().sum()).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    with forced(path):
+        everything = gradients(leaves)
+        trained = [name for name in leaves if not freezes(name)]
+        found = gradients(trained)
+    assert [name for name in found if found[name] is not None] == trained
+    assert_identical({n: found[n] for n in trained}, {n: everything[n] for n in trained})
+
+
+@every_path
+def test_backward_in_eval_mode(path):
+    lstm = make(num_layers=2, dropout=0.5).eval()
+    x, hx = problem(lstm)
+    with forced(path):
+        found = everything(ragged_call, lstm, x, hx)
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
+
+
+@every_path
+@pytest.mark.parametrize("lengths", [LENGTHS, None], ids=["ragged", "dense"])
+def test_an_output_can_be_changed_in_place(lengths, path):
+    lstm, x = make(), torch.randn(T, B, I)
+    with forced(path):
+        expected = lstm(x, lengths=lengths)[0] * 2
+        output, _ = lstm(x, lengths=lengths)
+        output.mul_(2)
+    assert torch.equal(output, expected)
+
+
+@every_path
+def test_backward_after_the_output_was_changed_in_place_is_refused(path):
+    """As nn.LSTM does; or it would be silently wrong: the outputs are what backward reads."""
+    lstm = make()
+    with forced(path):
+        output, _ = lstm(torch.randn(T, B, I))
+        with torch.no_grad():
+            output.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+@every_path
+def test_an_input_changed_in_place_before_backward_is_refused(path):
+    lstm, x = make(), torch.randn(T, B, I)
+    with forced(path):
+        output, _ = lstm(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+@every_path
+def test_saved_tensors_on_the_cpu_or_packed_by_hooks(path):
+    lstm = make(num_layers=2, bidirectional=True)
+    x, hx = problem(lstm)
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor.detach().clone()
+
+    with forced(path):
+        expected = everything(ragged_call, lstm, x, hx)
+        with torch.autograd.graph.save_on_cpu():
+            on_cpu = everything(ragged_call, lstm, x, hx)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hooked = everything(ragged_call, lstm, x, hx)
+    assert packed
+    assert_identical(on_cpu, expected)
+    assert_identical(hooked, expected)
+
+
+@every_path
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointing(use_reentrant, path):
+    """The reentrant kind runs forward for inference first, and that may round otherwise."""
+    lstm = make(num_layers=2, bidirectional=True)
+    x, hx = problem(lstm)
+
+    def checkpointed(lstm, x, hx):
+        return torch.utils.checkpoint.checkpoint(
+            ragged_call, lstm, x, hx, use_reentrant=use_reentrant
+        )
+
+    def grads(call):
+        leaf = x.clone().requires_grad_()
+        lstm.zero_grad()
+        output, h_n, c_n = call(lstm, leaf, hx)
+        (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+        return {"x": leaf.grad} | {name: p.grad for name, p in lstm.named_parameters()}
+
+    with forced(path):
+        found, expected = grads(checkpointed), grads(ragged_call)
+    assert_agree(found, expected, tolerance=4e-6 if use_reentrant else 0)
+
+
+def test_nothing_is_kept_where_nothing_needs_a_gradient():
+    lstm = make(num_layers=2).requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        output, (h_n, c_n) = lstm(torch.randn(T, B, I), lengths=LENGTHS)
+    assert kept == []
+    assert not any(tensor.requires_grad for tensor in (output, h_n, c_n))
+
+
+@every_path
+def test_the_returned_states_are_not_kept_for_backward(path):
+    lstm = make(bidirectional=True)
+    x = torch.randn(T, B, I, requires_grad=True)
+    with forced(path):
+        output, (h_n, c_n) = lstm(x, lengths=LENGTHS)
+        before = torch.autograd.grad(output.sum(), x, retain_graph=True)
+        with torch.no_grad():
+            h_n.fill_(math.nan)
+            c_n.fill_(math.nan)
+        after = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(before[0], after[0])
+
+
+# --- derivatives of derivatives ------------------------------------------------------------------
+
+
+def leaves_of(lstm, x, hx):
+    leaves = (x, *hx, *lstm.parameters())
+    return tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
+
+
+SMALL = {
+    "plain": ({}, {}),
+    "no-bias": ({"bias": False}, {}),
+    "projection": ({"proj_size": 1}, {}),
+    "bidirectional": ({"bidirectional": True}, {}),
+    "2-layers": ({"num_layers": 2}, {}),
+    "cell-states": ({"bidirectional": True}, {"return_cell_states": True}),
+}
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 0], [2, 2, 2], None], ids=["ragged", "short", "dense"])
+@pytest.mark.parametrize(("config", "options"), SMALL.values(), ids=SMALL)
+def test_gradcheck(config, options, lengths):
+    lstm = fastrnn.LSTM(2, 2, dtype=torch.float64, **config)
+    function = as_function(lstm, lengths, **options)
+    x = torch.randn(3, 3, 2, dtype=torch.float64)
+    leaves = leaves_of(lstm, x, make_state(lstm, 3))
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 0], None], ids=["ragged", "dense"])
+@pytest.mark.parametrize(("config", "options"), SMALL.values(), ids=SMALL)
+def test_gradgradcheck(config, options, lengths):
+    lstm = fastrnn.LSTM(2, 2, dtype=torch.float64, **config)
+    function = as_function(lstm, lengths, **options)
+    x = torch.randn(3, 3, 2, dtype=torch.float64)
+    leaves = leaves_of(lstm, x, make_state(lstm, 3))
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.slow
+def test_gradcheck_and_gradgradcheck_entry_by_entry():
+    lstm = fastrnn.LSTM(2, 2, bidirectional=True, dtype=torch.float64)
+    function = as_function(lstm, [2, 0])
+    x = torch.randn(2, 2, 2, dtype=torch.float64)
+    leaves = leaves_of(lstm, x, make_state(lstm, 2))
+    assert torch.autograd.gradcheck(function, leaves)
+    fixed = [leaf.detach() for leaf in leaves]
+
+    def of_x_and_h_0(x, h_0):
+        return function(x, h_0, *fixed[2:])
+
+    assert torch.autograd.gradgradcheck(of_x_and_h_0, leaves[:2])
+
+
+@pytest.mark.parametrize("which", ["x", "h_0", "weights"])
+def test_gradgradcheck_where_only_some_inputs_need_a_gradient(which):
+    lstm = fastrnn.LSTM(2, 2, dtype=torch.float64)
+    function = as_function(lstm, [3, 1, 0])
+    leaves = leaves_of(lstm, torch.randn(3, 3, 2, dtype=torch.float64), make_state(lstm, 3))
+    needs = {"x": [0], "h_0": [1], "weights": [3, 4, 5, 6]}[which]
+    leaves = tuple(leaf.requires_grad_(index in needs) for index, leaf in enumerate(leaves))
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@every_path
+@every_configuration
+def test_a_gradient_penalty_is_the_answers(config, path):
+    """Second derivatives in float32, where the first ones are derived by hand otherwise."""
+    lstm = make(**{**config, "batch_first": False})
+    x, hx = problem(lstm)
+
+    def penalty(call):
+        def run(lstm, x, hx):
+            outputs = call(lstm, x, hx)
+            loss = sum((output**2).sum() for output in outputs)
+            return torch.autograd.grad(loss, [x, *hx], create_graph=True)
+
+        return run
+
+    with forced(path):
+        found = everything(penalty(ragged_call), lstm, x, hx)
+    expected = answer_of(penalty, lstm, x, hx)
+    assert_agree(found, expected, tolerance=2e-5)
+
+
+def answer_of(change, lstm, x, hx):
+    """The answer to a changed call: `answer` patched at its one call of the oracle."""
+    from tests import oracle as module
+
+    straight = module.oracle
+    valid = valid_steps(LENGTHS, T)
+
+    def call(lstm, x, hx):
+        return straight(lstm, x, hx, valid=valid)[:3]
+
+    with mock.patch.object(module, "oracle", lambda lstm, x, hx, **_: change(call)(lstm, x, hx)):
+        return answer(lstm, x, hx)
+
+
+@every_path
+def test_gradients_are_the_same_with_and_without_a_graph_of_them(path):
+    lstm = make(num_layers=2, bidirectional=True)
+    x = torch.randn(T, B, I, requires_grad=True)
+    with forced(path):
+        output, (_, c_n) = lstm(x, lengths=LENGTHS)
+        loss = output.square().sum() + c_n.sum()
+        inputs = [x, *lstm.parameters()]
+        plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+        graphed = torch.autograd.grad(loss, inputs, create_graph=True)
+    assert all(gradient.requires_grad for gradient in graphed)
+    names = ["x", *(name for name, _ in lstm.named_parameters())]
+    assert_agree(*(dict(zip(names, gradients)) for gradients in (graphed, plain)))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_double_backward_where_the_state_depends_on_the_input(packed):
+    """A gradient must reach x through this layer once, not again through h_0."""
+    lstm = fastrnn.LSTM(2, 2, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def of_padded(x):
+        h_0 = x.mean(0, keepdim=True)
+        output, states = lstm(x, (h_0, h_0 * 2), lengths=[3, 1])
+        return output, *states
+
+    def of_packed(rows):
+        h_0 = rows[:2].unsqueeze(0)
+        output, states = lstm(PackedSequence(rows, torch.tensor([2, 1, 1])), (h_0, h_0 * 2))
+        return output.data, *states
+
+    assert torch.autograd.gradgradcheck(*((of_packed, rows) if packed else (of_padded, x)))
+
+
+def test_double_backward_where_one_weight_is_made_of_another():
+    lstm = fastrnn.LSTM(2, 2, bidirectional=True, bias=False, dtype=torch.float64)
+    w_ih = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    w_hh = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def function(w_ih, w_hh):
+        weights = {"weight_ih_l0": w_ih, "weight_hh_l0": w_hh}
+        weights |= {"weight_ih_l0_reverse": w_ih, "weight_hh_l0_reverse": w_hh * 2}
+        output, states = functional_call(lstm, weights, (x,), {"lengths": [3, 1]})
+        return output, *states
+
+    assert torch.autograd.gradgradcheck(function, (w_ih, w_hh))
+
+
+def test_double_backward_where_no_sequence_has_a_step():
+    lstm = make()
+    x, (h_0, c_0) = torch.randn(T, B, I, requires_grad=True), make_state(lstm, B)
+    h_0.requires_grad_()
+    output, (h_n, c_n) = lstm(x, (h_0, c_0), lengths=[0] * B)
+    loss = output.sum() + h_n.square().sum() + c_n.sum()
+    (d_h_0,) = torch.autograd.grad(loss, h_0, create_graph=True)
+    assert torch.equal(d_h_0, 2 * h_0)
+    (d_d_h_0,) = torch.autograd.grad(d_h_0.sum(), h_0)
+    assert torch.equal(d_d_h_0, torch.full_like(h_0, 2))
