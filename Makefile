@@ -4,7 +4,7 @@ JOBS ?= 2
 SHELL := /bin/bash
 
 VENV := .venv
-# `make gpu PY=python3` (or any other target) uses a Python that has everything already, and installs nothing.
+# `make TARGET PY=python3` uses a Python that has everything already, and installs nothing.
 ifdef PY
   export PYTHONPATH := .:kernels
   INSTALLED_DEMO :=
@@ -22,7 +22,7 @@ PIP_INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ordinary test-interpreter check format bench gpu clean distclean
+.PHONY: help demo test test-ordinary test-interpreter check format bench clean distclean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,10 +55,6 @@ format: $(INSTALLED_DEV) ## Format, and mend what ruff can mend
 
 bench: $(INSTALLED_DEV) ## Measure on the CPU
 	$(PY) -m bench cpu $(ARGS)
-
-gpu: $(INSTALLED_DEV) ## Test and measure on a GPU
-	$(PY) -m pytest -m gpu || [ $$? -eq 5 ]
-	$(PY) -m bench gpu $(ARGS)
 
 clean: ## Remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -4,6 +4,7 @@ In this order:
 
 - while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
 - under functorch transforms or forward-mode derivatives: the differentiable step loop;
+- where every sequence has all the rows: padded.py;
 - else the hand-derived recurrence of recurrence.py.
 """
 
