@@ -1,4 +1,4 @@
-"""fastrnn: LSTMs over ragged batches, faster than nn.LSTM, for one changed line.
+"""fastrnn: LSTMs over ragged batches, for one changed line.
 
 Importing it needs torch only and changes nothing: triton is imported when a kernel is first needed,
 and nothing is patched before :func:`patched` is entered.

@@ -235,7 +235,7 @@ class LSTM(nn.RNNBase):
         states = self.num_layers * (2 if self.bidirectional else 1)
         size_h = self.proj_size or self.hidden_size
         like = form.data
-        if not isinstance(hx, Tensor) and len(hx) != 2:
+        if not isinstance(hx, Tensor) and len(hx) > 2:
             raise RuntimeError("lstm expects two hidden states")
         h_0, c_0 = hx[0], hx[1]
         if unbatched:
