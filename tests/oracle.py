@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import costs, onednn
+from fastrnn import lstm as lstm_module
 from fastrnn.costs import RectangleCosts
 
 # Of a tensor's largest entry: a few roundings, times the square root of the terms that are summed.
@@ -95,18 +96,25 @@ PATHS = {
     "loop": None,
     "one-rectangle": RectangleCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
     "many-rectangles": RectangleCosts(layer=0.0, call=1e-9, row=1.0, step=0.0),
+    "padded": RectangleCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
 }
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
 @contextlib.contextmanager
 def forced(path):
-    """The step loop, one rectangle with padding, or rectangles without any, whatever they cost."""
+    """One path, whatever the others cost.
+
+    The step loop; one rectangle with padding; rectangles without any; or the padded batch as it
+    stands, where it can be: with lengths and nothing else, none of them zero, and without given
+    states if bidirectional.
+    """
     with contextlib.ExitStack() as stack:
 
         def patch(module, name, value):
             stack.enter_context(mock.patch.object(module, name, lambda *_, **__: value))
 
+        patch(lstm_module, "worth_padding", path == "padded")
         if path == "loop":
             patch(onednn, "available", False)
         else:

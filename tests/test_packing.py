@@ -422,7 +422,7 @@ def test_a_time_major_mask_for_a_batch_first_input_is_named():
 
 @pytest.mark.parametrize("lengths", [[1, 7, 3, 4], [1, -1, 3, 4]], ids=["too-long", "negative"])
 def test_a_bounded_layout_checks_lengths_where_the_data_are(lengths):
-    with pytest.raises(RuntimeError, match=r"lengths must lie in \[0, 6\]"):
+    with pytest.raises(RuntimeError, match=r"lengths must lie in \[0, T\]"):
         bounded_layout(form_4_6, torch.tensor(lengths))
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
-from fastrnn import costs, rectangles, reference
+from fastrnn import costs, layer, rectangles, reference
 from tests.oracle import (
     PATHS,
     answer,
@@ -29,7 +29,7 @@ from tests.oracle import (
 )
 
 B, T, I, H = 4, 6, 3, 5  # noqa: E741
-LENGTHS = [3, 6, 0, 5]
+LENGTHS = [3, 6, 1, 5]
 
 
 def make(dtype=torch.float32, **config):
@@ -50,7 +50,7 @@ def problem(lstm):
 @pytest.fixture
 def calls():
     """How often each path's forward runs."""
-    seen = {"loop": 0, "rectangles": 0}
+    seen = {"loop": 0, "rectangles": 0, "padded": 0}
 
     def counted(name, function):
         def run(*args, **kwargs):
@@ -61,22 +61,27 @@ def calls():
 
     loop = counted("loop", reference.lstm_forward)
     rects = counted("rectangles", rectangles.rectangle_forward)
+    padded = counted("padded", layer.run_padded)
     with (
         mock.patch.object(reference, "lstm_forward", loop),
         mock.patch.object(rectangles, "rectangle_forward", rects),
+        mock.patch.object(layer, "run_padded", padded),
     ):
         yield seen
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(
-    "loop_seconds", [0.0, math.inf], ids=["loop-cheaper", "rectangles-cheaper"]
+    ("loop_seconds", "padding", "path"),
+    [(0.0, False, "loop"), (math.inf, False, "rectangles"), (0.0, True, "padded")],
+    ids=["loop", "rectangles", "padded"],
 )
-def test_the_cheaper_path_runs(calls, loop_seconds, train, monkeypatch):
+def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monkeypatch):
     monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: loop_seconds)
+    monkeypatch.setattr(fastrnn.lstm, "worth_padding", lambda *_, **__: padding)
     with torch.set_grad_enabled(train):
         make()(torch.randn(T, B, I), lengths=LENGTHS)
-    assert calls == ({"loop": 0, "rectangles": 1} if loop_seconds else {"loop": 1, "rectangles": 0})
+    assert calls == {"loop": 0, "rectangles": 0, "padded": 0, path: 1}
 
 
 def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(monkeypatch):
@@ -87,6 +92,7 @@ def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(m
         return 0.0
 
     monkeypatch.setattr(costs, "step_loop_seconds", step_loop_seconds)
+    monkeypatch.setattr(fastrnn.lstm, "worth_padding", lambda *_, **__: False)
     lstm, x = make(), torch.randn(T, B, I)
     lstm(x, lengths=LENGTHS)
     with torch.no_grad():
@@ -110,7 +116,7 @@ def test_what_onednn_cannot_do_the_step_loop_does(config, options, calls, monkey
     monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: math.inf)
     lstm = make(**config)
     lstm(torch.randn(T, B, I, dtype=lstm.weight_ih_l0.dtype), **options)
-    assert calls == {"loop": 1, "rectangles": 0}
+    assert calls == {"loop": 1, "rectangles": 0, "padded": 0}
 
 
 def test_without_onednn_the_step_loop_runs_and_computes_the_same(calls, monkeypatch):
@@ -119,7 +125,7 @@ def test_without_onednn_the_step_loop_runs_and_computes_the_same(calls, monkeypa
     x, hx = problem(lstm)
     with without_onednn():
         found = everything(ragged_call, lstm, x, hx)
-    assert calls["rectangles"] == 0
+    assert calls["rectangles"] == calls["padded"] == 0
     assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
 
 
@@ -129,7 +135,7 @@ def test_a_path_that_is_forced_runs(path, calls):
     lstm = make()
     with forced(path):
         lstm(torch.randn(T, B, I), lengths=LENGTHS)
-    assert calls["loop" if path == "loop" else "rectangles"] == 1
+    assert calls[path if path in calls else "rectangles"] == sum(calls.values()) == 1
 
 
 @every_path

@@ -253,7 +253,7 @@ def test_threads_are_measured_once_each() -> None:
 def test_standard_cases_are_those_of_the_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cpu", "--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert len(names) == len(set(names)) == 10 + 10 + 10 + 8 + 2 + 10
+    assert len(names) == len(set(names)) == 10 + 10 + 10 + 8 + 4 + 10
     assert "ragged-training/B16-T400-I256-H512-lognormal-training" in names
 
 
