@@ -166,6 +166,18 @@ def test_gradients_are_the_same_with_and_without_a_graph_of_them(lengths):
 
 
 @every_lengths
+def test_a_weight_that_is_made_of_another_gets_its_gradient_once(lengths):
+    lstm = fastrnn.LSTM(H, H, bias=False)
+    x, weight = torch.randn(T, B, H), torch.randn(4 * H, H, requires_grad=True)
+    weights = {"weight_ih_l0": weight, "weight_hh_l0": weight * 0.5}
+    output, _ = torch.func.functional_call(lstm, weights, (x,), {"lengths": lengths})
+    loss = output.square().sum()
+    (plain,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (graphed,) = torch.autograd.grad(loss, weight, create_graph=True)
+    assert_agree({"weight": graphed}, {"weight": plain})
+
+
+@every_lengths
 @every_configuration
 def test_second_derivatives_are_the_answers_of_float64(config, lengths):
     """A gradient penalty in float32; that of the step loop in float64 passes gradgradcheck."""

@@ -156,7 +156,7 @@ def test_a_mask_with_holes_equals_the_compacted_sequence(batch):
     assert sum(counts) == int(valid_steps(counts, steps).sum())
     with forced(batch.path):
         expected = everything(compacted, batch.lstm, batch.x, batch.hx)
-    assert_identical(batch.run(mask=batch.mask), expected)
+    assert_agree(batch.run(mask=batch.mask), expected, tolerance=1e-5)
 
 
 @examples
@@ -211,7 +211,8 @@ def test_lengths_equal_a_mask_and_a_list_equals_a_tensor(batch):
     lengths = lengths_of(batch)
     expected = batch.run(lengths=lengths)
     assert_identical(batch.run(lengths=torch.tensor(lengths)), expected)
-    assert_identical(batch.run(mask=valid_steps(lengths, len(batch.x))), expected)
+    found = batch.run(mask=valid_steps(lengths, len(batch.x)))
+    assert_agree(found, expected, tolerance=1e-5)  # one may be packed where the other is not
 
 
 @examples
@@ -239,4 +240,4 @@ def test_steps_appended_past_every_length_change_nothing(batch, appended):
         found = everything(trimmed, batch.lstm, longer, batch.hx)
     assert (found["d_x"][len(batch.x) :] == 0).all()
     found["d_x"] = found["d_x"][: len(batch.x)]
-    assert_agree(found, expected)
+    assert_agree(found, expected, tolerance=1e-5)
