@@ -4,9 +4,10 @@ Every direction is one call of torch's oneDNN LSTM over all T * B rows, differen
 itself. Where sequences end early the carry feature of onednn.py keeps their cell states exact,
 zeros replace the input's padding, and outputs of padded steps are zero.
 
-torch cannot differentiate that call's backward. A hook on its node gives what torch lacks: where a
-graph of the backward is asked for (``create_graph=True``), the node's gradients are replaced by
-those of :func:`fastrnn.reference.lstm_composite`, which can be differentiated again.
+Where a graph of the backward is asked for (``create_graph=True``), a hook on the call's node
+replaces its gradients by those of :func:`fastrnn.reference.lstm_composite`, which can be
+differentiated again.
+torch 2.13 differentiates that backward itself; the hook serves versions not tried.
 
 Limits: those of onednn.py. In the reverse direction padding comes first, and passes zero states
     only;
