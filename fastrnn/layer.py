@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import onednn
 from fastrnn.operators import lstm_layer_op
 from fastrnn.packing import PackedLayout
 from fastrnn.padded import run_padded
@@ -26,6 +25,7 @@ from fastrnn.recurrence import (
     LSTMRecurrence,
     flatten_weights,
     host_sizes,
+    onednn_can_run,
     outside_autocast,
     pad_rows,
     run_composite,
@@ -78,7 +78,9 @@ def lstm_layer(
     with outside_autocast(rows.device):
         if needs_composite(*inputs):
             output = run_composite(call, rows, h_0, c_0, flat)
-        elif layout.padding is not None or _is_dense(call, layout, rows):
+        elif layout.padding is not None or (
+            onednn_can_run(call, rows) and sizes[-1] == layout.sequences
+        ):
             output = run_padded(rows, layout, weights, h_0, c_0)
         elif needs_grad:
             output = LayerOutput(*LSTMRecurrence.apply(call, rows, h_0, c_0, *flat))
@@ -88,18 +90,6 @@ def lstm_layer(
         return output
     h = pad_rows(output.h, layout.rows)
     return output._replace(h=h, c=None if output.c is None else pad_rows(output.c, layout.rows))
-
-
-def _is_dense(call: Call, layout: PackedLayout, rows: Tensor) -> bool:
-    """Whether every sequence has all the rows, and oneDNN can run them as they are."""
-    return (
-        rows.numel() > 0
-        and call.sizes[-1] == layout.sequences
-        and call.backend != "reference"
-        and not call.cell_states
-        and not call.projection
-        and onednn.available(rows)
-    )
 
 
 def needs_composite(*inputs: Tensor) -> bool:

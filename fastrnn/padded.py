@@ -4,14 +4,10 @@ Every direction is one call of torch's oneDNN LSTM over all T * B rows, differen
 itself. Where sequences end early the carry feature of onednn.py keeps their cell states exact,
 zeros replace the input's padding, and outputs of padded steps are zero.
 
-Where a graph of the backward is asked for (``create_graph=True``), a hook on the call's node
-replaces its gradients by those of :func:`fastrnn.reference.lstm_composite`, which can be
-differentiated again.
-torch 2.13 differentiates that backward itself; the hook serves versions not tried.
+torch differentiates that call's backward too, so double backward needs nothing here.
 
 Limits: those of onednn.py. In the reverse direction padding comes first, and passes zero states
-    only;
-with initial states of its own such a batch is packed.
+only; with initial states of its own such a batch is packed.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import onednn, reference
+from fastrnn import onednn
 from fastrnn.packing import PackedLayout
 from fastrnn.recurrence import LayerOutput, side_by_side
 from fastrnn.reference import LayerWeights
@@ -87,52 +83,9 @@ def _run_direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs ``[T * B, H]`` and final states ``[B, H]``."""
     operands = onednn.operands(weights, carry=padding is not None)
-    inputs = (x, *operands, h_0.contiguous(), c_0.contiguous())
+    inputs = (x, *operands, h_0, c_0)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     output, h_n, c_n, _ = onednn.dense_forward(
-        x, operands, inputs[5], inputs[6], reverse=reverse, save=save
+        x, operands, h_0.contiguous(), c_0.contiguous(), reverse=reverse, save=save
     )
-    if save and output.grad_fn is not None:
-        output.grad_fn.register_hook(_DifferentiableBackward(inputs, reverse))
     return output.view(-1, h_n.shape[1]), h_n, c_n
-
-
-class _DifferentiableBackward:
-    """The hook: replaces the node's gradients where they are to be differentiated again."""
-
-    def __init__(self, inputs: tuple[Tensor, ...], reverse: bool) -> None:
-        self.inputs, self.reverse = inputs, reverse
-
-    def __call__(
-        self, d_inputs: tuple[Tensor | None, ...], d_outputs: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...] | None:
-        if not torch.is_grad_enabled():
-            return None
-        # Views, so that a gradient reaches an input here only through this call.
-        views = [tensor.view_as(tensor) for tensor in self.inputs]
-        x, ih, hh, bias_ih, bias_hh, h_0, c_0 = views
-        steps, batch = x.shape[:2]
-        run = reference.lstm_composite(
-            x.flatten(0, 1),
-            [batch] * steps,
-            LayerWeights(ih, hh, bias_ih, bias_hh),
-            h_0,
-            c_0,
-            reverse=self.reverse,
-        )
-        reached = [
-            (output, gradient.view_as(output))
-            for output, gradient in zip((run.h, run.h_n, run.c_n), d_outputs, strict=False)
-            if gradient is not None
-        ]
-        wanted = [view for view, d in zip(views, d_inputs, strict=True) if d is not None]
-        found = iter(
-            torch.autograd.grad(
-                [output for output, _ in reached],
-                wanted,
-                [gradient for _, gradient in reached],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-        return tuple(None if d is None else next(found) for d in d_inputs)

@@ -224,7 +224,7 @@ def rectangle_backward(
         rectangles: see there.
         reverse: see there.
         h: ``[N, H]``, its outputs.
-        saved: what it saved; only read.
+        saved: what it saved; read, but for oneDNN's scratch in its own workspaces.
 
     Returns:
         See :class:`fastrnn.reference.Gradients`; all are computed.

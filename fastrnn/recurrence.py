@@ -94,15 +94,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def onednn_can_run(call: Call, rows: Tensor) -> bool:
+    """Whether oneDNN knows all that the call asks for, and can run its rows."""
+    return (
+        call.backend != "reference"
+        and not call.cell_states
+        and not call.projection
+        and rows.numel() > 0
+        and onednn.available(rows)
+    )
+
+
 def _plan(call: Call, rows: Tensor, weights: LayerWeights, train: bool) -> rects.Plan | None:
     """The rectangles to run; None for the step loop."""
-    if (
-        call.backend == "reference"
-        or call.cell_states
-        or call.projection
-        or not rows.numel()
-        or not onednn.available(rows)
-    ):
+    if not onednn_can_run(call, rows):
         return None
     shape = rows.shape[1], weights.hidden_size
     threads = torch.get_num_threads()
@@ -263,8 +268,9 @@ class LSTMRecurrence(torch.autograd.Function):
     """All directions of one layer with a hand-derived backward.
 
     Saved for backward: the inputs, the outputs ``h``, and what each direction's path saves (the
-    step loop: gates, c and tanh(c), 6 H numbers a row; oneDNN: its workspace). Nothing saved is
-    written to, so a second backward gives the same gradients. Where backward itself is
+    step loop: gates, c and tanh(c), 6 H numbers a row; oneDNN: its workspace). A second backward
+    gives the same gradients; oneDNN uses its workspace as scratch, so two threads must not run
+    backward on one retained graph at once. Where backward itself is
     differentiated (``create_graph=True``) it goes through
     :func:`fastrnn.reference.lstm_composite`.
     """
