@@ -1,0 +1,416 @@
+"""Compiles the kernels for GPUs that are not here, and examines the machine code.
+
+    python -m fastrnn_kernels.offline --help
+
+For every tile that tiling.py can choose on a grid of hidden sizes, batch sizes, directions and
+dtypes, and for each chip, Triton's compiler runs without a GPU and the result is held against these
+rules:
+
+- no register spills and no local memory;
+- shared memory within the chip's limit, and within what tiling.py reckons with;
+- matrix instructions of the chip's kind, Hopper's HGMMA where BLOCK_B >= 64;
+- the exchange is loaded 16 bytes at a time (cp.async counts);
+- the barrier's arrival is a release, its wait an acquire, with a barrier of the program's threads
+  on either side;
+- no load of the exchange between a program's arrival and its wait;
+- W_hh is not read inside the loop over steps when it is resident;
+- no floating-point atomics.
+
+The outcome is a table and, with --snapshot, a file to keep under version control so that a change
+shows as a diff. What this cannot tell is whether the code is fast, or right: see
+tests/interpreter.py for the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .lstm_backward import lstm_backward_kernel
+from .lstm_forward import lstm_forward_kernel
+from .tiling import (
+    CHIPS,
+    Chip,
+    Pass,
+    Tile,
+    backward_tile,
+    forward_tile,
+    parts_of,
+    round_up,
+    shared_memory,
+)
+
+HIDDEN_SIZES = (16, 65, 128, 200, 256, 512, 768, 1024, 2048)
+BATCH_SIZES = (16, 64, 128, 1024)
+QUICK_HIDDEN_SIZES = (64, 100, 256, 1024)
+QUICK_BATCH_SIZES = (16, 128)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Names in a kernel's signature whose pointers are not of the tensors' dtype.
+INDEX_POINTERS = {"batch_sizes_ptr": "*i64", "offsets_ptr": "*i64", "arrivals_ptr": "*i32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation."""
+
+    chip: str
+    which: Pass
+    dtype: str
+    H: int
+    D: int
+    tile: Tile
+    input_precision: str
+
+    @property
+    def name(self) -> str:
+        """A line's beginning in the table and the snapshot."""
+        tile = self.tile
+        precision = f" {self.input_precision}" if self.dtype == "fp32" else ""
+        return (
+            f"{self.chip:6} {self.which:8} {self.dtype}{precision:7} H{self.H:<5}D{self.D} "
+            f"{tile.residency:8} B{tile.BLOCK_B:<3}H{tile.BLOCK_H:<4}K{tile.BLOCK_K:<4}"
+            f"w{tile.num_warps} g{tile.groups} f{tile.in_flight:<2}"
+        )
+
+
+@dataclass
+class Report:
+    """What the machine code of one case uses, and which rules it breaks."""
+
+    case: Case
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    matrix: str = ""
+    wide_loads: int = 0
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        """One line of the table."""
+        verdict = "; ".join(self.faults) if self.faults else "ok"
+        return (
+            f"{self.case.name} reg {self.registers:<4}spill {self.spills:<4}shared {self.shared:<7}"
+            f"{self.matrix:12}ld16 {self.wide_loads:<4}{verdict}"
+        )
+
+
+def cases(
+    chips: Iterable[str],
+    hidden_sizes: Iterable[int],
+    batch_sizes: Iterable[int],
+    dtypes: Iterable[str],
+) -> list[Case]:
+    """Each tile that the rule chooses on the grid, once per hidden size and chip."""
+    found: dict[Case, None] = {}
+    for chip in chips:
+        for dtype in dtypes:
+            for H in hidden_sizes:
+                for D in (1, 2):
+                    for S in batch_sizes:
+                        for case in _cases_of(chip, dtype, S, H, D):
+                            found[case] = None
+    return list(found)
+
+
+def _cases_of(chip: str, dtype: str, S: int, H: int, D: int) -> Iterator[Case]:
+    choosers: tuple[tuple[Pass, Any], ...] = (
+        ("forward", forward_tile),
+        ("backward", backward_tile),
+    )
+    precisions = ("tf32", "tf32x3") if dtype == "fp32" else ("tf32",)
+    if chip.startswith("gfx"):
+        precisions = ("ieee",)
+    for which, choose in choosers:
+        for precision in precisions:
+            tile = choose(S, H, D, DTYPES[dtype], CHIPS[chip], precision)
+            # The number of batch programs is a grid size: it is not compiled in.
+            values = {**vars(tile), "batch_programs": 1}
+            yield Case(chip, which, dtype, H, D, Tile(**values), precision)
+
+
+def source(case: Case) -> ASTSource:
+    """The kernel with the signature that its launcher gives it, pointers aligned to 16 bytes."""
+    kernel = lstm_forward_kernel if case.which == "forward" else lstm_backward_kernel
+    options = case.tile.options()
+    constants: dict[str, object] = {
+        "H": case.H,
+        "H_PADDED": case.tile.padded(case.H),
+        "D": case.D,
+        "WEIGHT_STRIDE": round_up(case.H, 16 // DTYPES[case.dtype].itemsize),
+        "INPUT_PRECISION": case.input_precision,
+        "SAVE_GATES": True,
+        "SAVE_CELLS": True,
+        "HAS_D_C": True,
+        **{name: v for name, v in case.tile.constants().items() if name not in options},
+    }
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = INDEX_POINTERS.get(name, f"*{case.dtype}")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    compiled_in = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
+    return ASTSource(fn=kernel, signature=signature, constexprs=compiled_in, attrs=attributes)
+
+
+def examine(case: Case) -> Report:
+    """Compiles one case and applies the rules."""
+    report = Report(case)
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(
+            source(case), target=TARGETS[case.chip], options=case.tile.options()
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        report.faults.append(f"does not compile: {type(error).__name__} {reason[-1:]}")
+        return report
+    report.seconds = time.perf_counter() - start
+    report.shared = compiled.metadata.shared
+    chip = CHIPS[case.chip]
+    dtype = DTYPES[case.dtype]
+    parts = parts_of(dtype, case.input_precision)
+    reckoned = shared_memory(case.tile, case.which, case.H, dtype.itemsize, parts)
+    if report.shared > chip.shared_memory:
+        report.faults.append(f"shared memory exceeds {chip.shared_memory}")
+    if report.shared > reckoned:
+        report.faults.append(f"tiling.py reckons with {reckoned} bytes of shared memory only")
+    if "cubin" in compiled.asm:
+        _examine_nvidia(report, compiled.asm, chip)
+    else:
+        _examine_amd(report, compiled.asm)
+    _examine_loop(report, compiled.asm["ttgir"])
+    return report
+
+
+def _run_tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _examine_nvidia(report: Report, asm: dict[str, Any], chip: Chip) -> None:
+    tile, faults = report.case.tile, report.faults
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+        sass = _run_tool("cuobjdump", "-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    if found is None:
+        faults.append("cuobjdump does not report the registers")
+        return
+    report.registers, stack, local = (int(number) for number in found.groups())
+    report.spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    if report.spills:
+        faults.append(f"spills: {stack} bytes of stack, {local} of local memory")
+
+    counts = {name: len(re.findall(rf"\b{name}", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA")}
+    report.matrix = " ".join(f"{name} {n}" for name, n in counts.items() if n)
+    if chip.wgmma and tile.BLOCK_B >= 64 and not counts["HGMMA"]:
+        faults.append("no HGMMA")
+    if not sum(counts.values()):
+        faults.append("no matrix instructions")
+
+    report.wide_loads = len(
+        re.findall(r"\bLDG\.E\.128|\bLDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128", sass)
+    )
+    if tile.residency != "whole":
+        _examine_barrier(report, asm["ptx"], sass)
+    if re.search(r"\b(?:red|atom)\.[\w.:]*(?:f16|f32|bf16)", asm["ptx"]):
+        faults.append("floating-point atomics")
+
+
+def _examine_barrier(report: Report, ptx: str, sass: str) -> None:
+    faults = report.faults
+    lines = [line.strip() for line in ptx.splitlines()]
+    arrivals = [
+        i for i, line in enumerate(lines) if re.search(r"(?:red|atom)[\w.]*\.release\.", line)
+    ]
+    waits = [i for i, line in enumerate(lines) if re.search(r"(?:ld|atom)[\w.]*\.acquire\.", line)]
+    if not arrivals or any(".gpu." not in lines[i] for i in arrivals):
+        faults.append("the arrival is not a release at GPU scope")
+    if not waits or any(".gpu." not in lines[i] for i in waits):
+        faults.append("the wait is not an acquire at GPU scope")
+    synchronised = re.compile(r"bar(?:rier)?\.(?:cta\.)?sync")
+    near = 12
+    if not all(any(map(synchronised.search, lines[max(0, i - near) : i])) for i in arrivals):
+        faults.append("no barrier of the threads before the arrival")
+    if not all(any(map(synchronised.search, lines[i : i + near])) for i in waits):
+        faults.append("no barrier of the threads after the wait")
+    if "STRONG.GPU" not in sass:
+        faults.append("the wait is not a strong load")
+    # The first loads of the exchange follow the wait: they must be 16 bytes wide.
+    wide = re.compile(r"ld\.global[\w.]*\.v4\.b32|cp\.async\.cg\.shared\.global .*0x10, ")
+    if waits and not any(map(wide.search, lines[waits[-1] :])):
+        faults.append("the exchange is not loaded 16 bytes at a time")
+
+
+def _examine_amd(report: Report, asm: dict[str, Any]) -> None:
+    text, faults = asm["amdgcn"], report.faults
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    report.registers = number("vgpr_count")
+    scratch = number("private_segment_fixed_size")
+    # Scalar registers are spilled to lanes of vector registers, not to memory; that is no fault.
+    report.spills = number("vgpr_spill_count") + scratch
+    if report.spills:
+        faults.append(f"spills: {number('vgpr_spill_count')} registers, {scratch} bytes of scratch")
+    matrix = len(re.findall(r"\bv_mfma", text))
+    report.matrix = f"MFMA {matrix}"
+    if not matrix:
+        faults.append("no matrix instructions")
+    report.wide_loads = len(re.findall(r"\b(?:global|buffer)_load_dwordx4", text))
+    if report.case.tile.residency != "whole":
+        if not report.wide_loads:
+            faults.append("the exchange is not loaded 16 bytes at a time")
+        if not re.search(r"buffer_inv sc1", text):
+            faults.append("the wait is not an acquire at agent scope")
+        if not re.search(r"buffer_wbl2 sc1", text):
+            faults.append("the arrival is not a release at agent scope")
+    if re.search(r"\b(?:global|flat|buffer)_atomic_(?:pk_)?add_(?:f|bf)", text):
+        faults.append("floating-point atomics")
+
+
+def _examine_loop(report: Report, ttgir: str) -> None:
+    """Checks what the loop over steps reads, and when, in the compiler's last tile-level form."""
+    lines = ttgir.splitlines()
+    waits = [i for i, line in enumerate(lines) if "tt.atomic_rmw" in line and ", acquire," in line]
+    products = [i for i, line in enumerate(lines) if re.search(r"tt\.dot |_dot |gen5_mma ", line)]
+    inside = waits if report.case.tile.residency != "whole" else products[:1]
+    if len(inside) != 1:
+        report.faults.append("the loop over steps was not found")
+        return
+    first, last = _innermost_loop(lines, inside[0])
+    weight, exchange = _derived(lines, "%weight_ptr"), _derived(lines, "%exchange_ptr")
+    body = range(first, last)
+    reads = re.compile(r"tt\.load |buffer_load|async_copy_global_to_local |async_load")
+    if report.case.tile.residency != "streamed" and _uses(lines, body, reads, weight):
+        report.faults.append("W_hh is read inside the loop over steps")
+    if report.case.tile.residency == "whole":
+        return
+    released = [i for i in body if "tt.atomic_rmw" in lines[i] and ", release," in lines[i]]
+    loads = _uses(lines, body, reads, exchange)
+    stores = _uses(lines, body, re.compile(r"tt\.store |buffer_store"), exchange)
+    if len(released) != 1 or not loads or not stores:
+        report.faults.append("arrival, or loads or stores of the exchange, not found in the loop")
+        return
+    wait, arrival = inside[0], released[0]
+    if min(loads) < wait or wait < arrival < max(loads):
+        report.faults.append("the exchange is read between arrival and wait")
+    if max(stores) > arrival:
+        report.faults.append("the exchange is written after the arrival")
+
+
+def _innermost_loop(lines: list[str], inside: int) -> tuple[int, int]:
+    """First and last line of the innermost loop around a line; MLIR indents what it holds."""
+
+    def depth(line: str) -> int:
+        return len(line) - len(line.lstrip())
+
+    level, first = depth(lines[inside]), inside
+    while not (depth(lines[first]) < level and "scf.for" in lines[first]):
+        level = min(level, depth(lines[first]))
+        first -= 1
+    last = next(
+        i
+        for i in range(first + 1, len(lines))
+        if lines[i].strip() and depth(lines[i]) == depth(lines[first])
+    )
+    return first, last
+
+
+def _derived(lines: list[str], pointer: str) -> set[str]:
+    """Names of the values computed from a pointer argument, what is loaded through it excepted."""
+    names = {pointer}
+    for line in lines:
+        code = line.split(" loc(")[0]
+        for carried, initial in re.findall(r"(%[\w$.-]+) = (%[\w$.-]+)(?:#\d+)?", code):
+            if initial in names:
+                names.add(carried)
+        found = re.match(r"\s*(%[\w$.-]+)(?::\d+)? = (tt\.\w+|ttg\.\w+|arith\.select) (.*)", code)
+        if found is None or re.search(r"load|atomic|dot", found[2]):
+            continue
+        if names & set(re.findall(r"%[\w$.-]+", found[3])):
+            names.add(found[1])
+    return names
+
+
+def _uses(lines: list[str], body: range, operation: re.Pattern[str], names: set[str]) -> list[int]:
+    """Lines of the body with such an operation on one of these values."""
+    return [
+        i
+        for i in body
+        if operation.search(lines[i])
+        and names & set(re.findall(r"%[\w$.-]+", lines[i].split(" = ", 1)[-1]))
+    ]
+
+
+def quick(chips: Iterable[str]) -> list[Case]:
+    """A part that represents the whole: each chip, pass, residency and dtype, few sizes."""
+    chosen: dict[tuple[object, ...], Case] = {}
+    for case in cases(chips, QUICK_HIDDEN_SIZES, QUICK_BATCH_SIZES, DTYPES):
+        tile = case.tile
+        key = (case.chip, case.which, tile.residency, case.dtype if case.chip == "sm_90" else "")
+        chosen.setdefault((*key, tile.BLOCK_B >= 64), case)
+    return list(chosen.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns 1 if a rule is broken."""
+    parser = argparse.ArgumentParser(prog="python -m fastrnn_kernels.offline", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--chip", action="append", choices=list(TARGETS), help="only this chip")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype")
+    parser.add_argument("--quick", action="store_true", help="a representative part")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at the same time (1)")
+    parser.add_argument("--list", action="store_true", help="name the cases, compile nothing")
+    parser.add_argument("--snapshot", type=Path, help="write the table to this file")
+    given = parser.parse_args(arguments)
+    chips, dtypes = given.chip or list(TARGETS), given.dtype or list(DTYPES)
+    chosen = quick(chips) if given.quick else cases(chips, HIDDEN_SIZES, BATCH_SIZES, dtypes)
+    if given.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    lines, faulty = [], 0
+    with concurrent.futures.ProcessPoolExecutor(given.jobs) as pool:
+        for report in pool.map(examine, chosen):
+            lines.append(report.line)
+            faulty += bool(report.faults)
+            print(f"{report.line}  ({report.seconds:.1f} s)", flush=True)
+    if given.snapshot:
+        given.snapshot.write_text("\n".join([f"triton {triton.__version__}", *lines, ""]))
+    print(f"{len(chosen)} cases, {faulty} faulty")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

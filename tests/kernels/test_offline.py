@@ -1,0 +1,109 @@
+"""The offline gate: the kernels pass it, and its rules can fail.
+
+It compiles, which the interpreter's environment would prevent: each run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastrnn_kernels
+
+PACKAGE = Path(fastrnn_kernels.__file__).parent
+WAIT = "                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0))\n"
+BLOCKS = (
+    "                blocks_ptr = exchange_tile_ptr + (iteration % 2) * copy_size + block_offsets\n"
+)
+BROKEN = {
+    "relaxed wait": (
+        "grid_barrier.py",
+        'sem="acquire"',
+        'sem="relaxed"',
+        "the wait is not an acquire",
+    ),
+    "relaxed arrival": (
+        "grid_barrier.py",
+        'sem="release"',
+        'sem="relaxed"',
+        "the arrival is not a release",
+    ),
+    "scope of a block": ("grid_barrier.py", 'scope="gpu"', 'scope="cta"', "at GPU scope"),
+    "exchange loaded before the wait": (
+        "lstm_forward.py",
+        f"{WAIT}{BLOCKS}",
+        f"{BLOCKS}"
+        "                early = tl.load(blocks_ptr).to(tl.float32)\n"
+        "                gates += tl.sum(early, axis=1)[:, None]\n"
+        f"{WAIT}",
+        "the exchange is read between arrival and wait",
+    ),
+    "h published after the arrival": (
+        "lstm_forward.py",
+        "                tl.store(copy_ptr + publish_offsets, h)\n"
+        "                count_arrival(tile_arrivals_ptr)\n",
+        "                count_arrival(tile_arrivals_ptr)\n"
+        "                tl.store(copy_ptr + publish_offsets, h)\n",
+        "the exchange is written after the arrival",
+    ),
+    "W read in the loop": (
+        "lstm_forward.py",
+        "weight[k], gates,",
+        "load_forward_weight(weight_ptr, first_unit, k * BLOCK_K, H, WEIGHT_STRIDE, "
+        "BLOCK_H, BLOCK_K, GROUPS), gates,",
+        "W_hh is read inside the loop",
+    ),
+    "W hoisted descriptors": (
+        "lstm_backward.py",
+        "disable_licm=True",
+        "disable_licm=False",
+        "spills",
+    ),
+}
+CASE = """
+import sys
+from fastrnn_kernels import offline
+from fastrnn_kernels.tiling import Tile
+kernel = sys.argv[1]
+tile = Tile("split", 64, 16, 64, 32, 1, 4, 1, 2)
+report = offline.examine(offline.Case("sm_90", kernel, "bf16", 512, 1, tile, "tf32"))
+print(report.line)
+"""
+
+
+def run(path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A fresh Python without TRITON_INTERPRET."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.timeout(600)
+def test_a_representative_part_passes() -> None:
+    done = run(PACKAGE.parent, "-m", "fastrnn_kernels.offline", "--quick", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_the_case_that_is_broken_below_passes(which: str) -> None:
+    done = run(PACKAGE.parent, "-c", CASE, which)
+    assert done.stdout.strip().endswith(" ok"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", BROKEN, ids=lambda name: name.replace(" ", "-"))
+def test_rule_fails_where_it_should(name: str, tmp_path: Path) -> None:
+    file, old, new, fault = BROKEN[name]
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
+    path = tmp_path / PACKAGE.name / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    done = run(tmp_path, "-c", CASE, "backward" if "backward" in file else "forward")
+    assert fault in done.stdout, done.stdout + done.stderr

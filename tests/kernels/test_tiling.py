@@ -1,0 +1,78 @@
+"""The rule finds a tile that fits, for any size, or says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastrnn_kernels.tiling import (
+    CHIPS,
+    Tile,
+    backward_tile,
+    ceil_div,
+    forward_tile,
+    shared_memory,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
+@given(
+    S=st.integers(1, 5000),
+    H=st.integers(1, 2048),
+    D=st.sampled_from([1, 2]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_every_size_has_a_tile_that_fits(chip, S: int, H: int, D: int, dtype: torch.dtype) -> None:
+    for which, choose in (("forward", forward_tile), ("backward", backward_tile)):
+        tile = choose(S, H, D, dtype, chip)
+        tile.check(S, H)
+        assert tile.unit_programs * tile.batch_programs * D <= chip.multiprocessors or (
+            tile.residency == "whole"
+        )
+        assert shared_memory(tile, which, H, dtype.itemsize) <= chip.shared_memory
+        assert tile.padded(H) >= tile.unit_programs * tile.BLOCK_H
+        assert tile.BLOCK_K // tile.groups >= 16
+
+
+@pytest.mark.parametrize(
+    ("H", "residency"),
+    [(64, "whole"), (128, "whole"), (512, "split"), (1024, "split"), (2048, "streamed")],
+)
+def test_residency_in_16_bits_on_hopper(H: int, residency: str) -> None:
+    for choose in (forward_tile, backward_tile):
+        assert choose(16, H, 1, torch.bfloat16, CHIPS["sm_90"]).residency == residency
+
+
+def test_whole_tiles_need_no_cooperative_launch() -> None:
+    whole = forward_tile(16, 64, 1, torch.bfloat16, CHIPS["sm_90"])
+    split = forward_tile(16, 512, 1, torch.bfloat16, CHIPS["sm_90"])
+    assert not whole.options()["launch_cooperative_grid"]
+    assert split.options()["launch_cooperative_grid"]
+
+
+def test_a_grid_that_cannot_be_resident_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="at most 108 programs are resident"):
+        forward_tile(16, 200_000, 2, torch.float32, CHIPS["sm_80"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit_programs": 3}, "unit_programs must be"),
+        ({"residency": "whole"}, "residency 'whole' needs"),
+        ({"groups": 3}, "multiple of groups"),
+        ({"batch_programs": 9}, "batch_programs must be"),
+        ({"in_flight": 0}, "in_flight must be"),
+    ],
+)
+def test_a_tile_that_does_not_cover_is_refused(change: dict[str, object], message: str) -> None:
+    tile = Tile("split", 16, 16, 64, ceil_div(100, 16), 2)
+    tile.check(32, 100)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tile, **change).check(32, 100)
