@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 
     B: int
     T: int
-    I: int  # noqa: E741
+    I: int
     H: int
 
     def __str__(self):

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 
-B, T, I, H = 3, 6, 4, 5  # noqa: E741
+B, T, I, H = 3, 6, 4, 5
 CONFIGURATIONS = {
     "plain": {},
     "2-layers": {"num_layers": 2},

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastrnn
 from tests.oracle import answer, assert_agree, everything, make_state, padded, valid_steps
 
-B, T, I, H = 4, 6, 3, 5  # noqa: E741
+B, T, I, H = 4, 6, 3, 5
 LENGTHS = [3, 6, 0, 5]
 MASK = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.6
 RESETS = torch.rand(T, B, generator=torch.Generator().manual_seed(1)) < 0.3

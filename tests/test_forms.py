@@ -12,7 +12,7 @@ from fastrnn.forms import Jagged, Packed, Padded
 from fastrnn.packing import ragged_layout
 from tests.oracle import valid_steps
 
-B, T, I = 4, 6, 3  # noqa: E741
+B, T, I = 4, 6, 3
 LENGTHS = [3, 6, 1, 5]
 MASK = torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.6
 exact_and_bounded = pytest.mark.parametrize("bounded", [False, True], ids=["exact", "bounded"])

@@ -26,7 +26,7 @@ from tests.oracle import (
     make_state,
 )
 
-B, T, I, H = 4, 6, 3, 5  # noqa: E741
+B, T, I, H = 4, 6, 3, 5
 LENGTHS = [3, 6, 0, 5]
 
 

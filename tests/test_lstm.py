@@ -31,7 +31,7 @@ from tests.oracle import (
     valid_steps,
 )
 
-B, T, I, H = 4, 6, 3, 5  # noqa: E741
+B, T, I, H = 4, 6, 3, 5
 LENGTHS = [3, 6, 1, 5]
 WITH_EMPTY = [3, 6, 0, 5]
 MASK = torch.tensor(  # [B, T]: holes, left padding, nothing, everything

@@ -9,7 +9,7 @@ import fastrnn
 from fastrnn.operators import lstm_layer_backward_op, lstm_layer_op
 from tests.oracle import every_path, forced, make_state
 
-I, H = 3, 5  # noqa: E741
+I, H = 3, 5
 
 
 def operands(*, sizes=(4, 3, 2), spare=0, dtype=torch.float32, grad=True, **config):

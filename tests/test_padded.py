@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
 )
 
-B, T, I, H = 4, 6, 3, 5  # noqa: E741
+B, T, I, H = 4, 6, 3, 5
 LENGTHS = [3, 6, 1, 5]
 CONFIGURATIONS = {
     "plain": {},

@@ -25,7 +25,7 @@ from tests.oracle import (
     valid_steps,
 )
 
-I, H = 2, 3  # noqa: E741
+I, H = 2, 3
 
 
 class Batch(NamedTuple):

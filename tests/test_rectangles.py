@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
 )
 
-I, H = 3, 5  # noqa: E741
+I, H = 3, 5
 staircases = st.lists(st.integers(1, 9), min_size=1, max_size=9).map(
     lambda sizes: tuple(sorted(sizes, reverse=True))
 )

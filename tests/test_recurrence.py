@@ -28,7 +28,7 @@ from tests.oracle import (
     without_onednn,
 )
 
-B, T, I, H = 4, 6, 3, 5  # noqa: E741
+B, T, I, H = 4, 6, 3, 5
 LENGTHS = [3, 6, 1, 5]
 
 

@@ -13,7 +13,7 @@ from fastrnn import reference
 from fastrnn.reference import LayerWeights, lstm_backward, lstm_composite, lstm_forward
 from tests.oracle import assert_agree, assert_identical
 
-I, H = 3, 4  # noqa: E741
+I, H = 3, 4
 SIZES = {
     "staircase": (5, 5, 4, 2, 2, 1),
     "equal": (3, 3, 3, 3),
