@@ -1,28 +1,85 @@
 """Which backend runs the recurrence, and why not another.
 
 - ``reference``: plain PyTorch, on every device and in every dtype; the step loop of reference.py.
-- ``auto``: the fastest that can run: on the CPU the step loop or oneDNN rectangles, by a cost
-  model.
-- ``triton``: the kernels. One function, :func:`can_run_triton`, gives the reason where they cannot
-  run, to the automatic choice, to the error for an explicit request and to the log.
+- ``triton``: the kernels of ``fastrnn_kernels``, on GPUs. One function, :func:`can_run_triton`,
+  gives the reason where they cannot run, to the automatic choice, to the error for an explicit
+  request and to the log.
+- ``auto``: the fastest that can run: on a GPU the kernels, or else the step loop; on the CPU the
+  step loop or oneDNN, by a cost model.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from typing import Literal, get_args
 
 import torch
 
 Backend = Literal["auto", "reference", "triton"]
+Resolved = Literal["auto", "reference", "triton", "triton-or-reference"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("fastrnn")
 
 
-def can_run_triton(device: torch.device | str) -> str | None:
-    """Why the Triton kernels cannot run on ``device``; None where they can."""
-    return f"this version of fastrnn has no Triton kernel for the recurrence ({device} asked)"
+def can_run_triton(
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 1,
+    directions: int = 1,
+    proj_size: int = 0,
+) -> str | None:
+    """Why the Triton kernels cannot run such a layer on ``device``; None where they can."""
+    if proj_size:
+        return (
+            "proj_size is a second product and a second barrier in every step, which the kernels "
+            "do not have"
+        )
+    if dtype not in _DTYPES:
+        return f"the kernels compute float32, bfloat16 and float16, got {dtype}"
+    device = torch.device(device)
+    reason = _device_reason(device.type, device.index)
+    return reason or _tile_reason(device, dtype, hidden_size, directions)
+
+
+# A constant to torch.compile, which cannot trace it. torch.compiler.assume_constant_result sets just
+# this, and imports all of torch._dynamo.
+can_run_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _device_reason(kind: str, index: int | None) -> str | None:
+    """Why no kernel can run on this device."""
+    if kind != "cuda":
+        return f"the kernels run on GPUs, the tensors are on {kind}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU (torch.cuda.is_available() is False)"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(index or 0).gcnArchName.split(":")[0]
+        return None if name == "gfx942" else f"the kernels know AMD's gfx942, the GPU is a {name}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the kernels need compute capability 8.0 or newer, the GPU has {major}.{minor}"
+    return None
+
+
+@functools.cache
+def _tile_reason(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, directions: int
+) -> str | None:
+    """Why no tile fits this layer on a device that has kernels."""
+    from fastrnn_kernels.tiling import Chip, backward_tile, forward_tile
+
+    try:
+        for choose in (forward_tile, backward_tile):
+            choose(1, hidden_size, directions, dtype, Chip.of(device))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def backends() -> dict[str, str]:
@@ -49,8 +106,19 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
 
 
-def resolve_backend(name: str, device: torch.device) -> Literal["auto", "reference"]:
-    """The backend that runs on ``device``.
+def resolve_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    directions: int,
+    proj_size: int,
+) -> Resolved:
+    """The backend that runs such a layer on ``device``.
+
+    Returns:
+        "triton" where it was asked for, "triton-or-reference" where it was chosen: only then may
+        the step loop stand in for a kernel that the GPU refuses to launch.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
@@ -60,15 +128,23 @@ def resolve_backend(name: str, device: torch.device) -> Literal["auto", "referen
     check_backend(name)
     if name == "reference":
         return "reference"
-    reason = can_run_triton(device)
+    reason = can_run_triton(device, dtype, hidden_size, directions, proj_size)
     if name == "triton":
+        if reason is None:
+            return "triton"
         raise RuntimeError(
             f'backend="triton" cannot run: {reason}. Use backend="auto", which takes the fastest '
             "that can."
         )
-    if reason is not None:
-        _log_once(f"backend='auto' uses the PyTorch step loop on {device.type}: {reason}")
+    if reason is None:
+        return "triton-or-reference"
+    _log_once(f"backend='auto' uses the PyTorch step loop on {device.type}: {reason}")
     return "auto"
+
+
+def on_kernels(backend: str) -> bool:
+    """Whether a resolved backend is the kernels."""
+    return backend.startswith("triton")
 
 
 @functools.cache

@@ -63,7 +63,7 @@ def revert(model: nn.Module) -> int:
 
     Args:
         model: the model, which is searched with ``model.modules()``. Its fastrnn.LSTM modules need
-            not come from ``convert``; their ``backend`` is forgotten.
+            not come from ``convert``; their ``backend`` and ``memory`` are forgotten.
 
     Returns:
         How many modules were reverted.
@@ -202,13 +202,14 @@ def _become(module: nn.RNNBase, new: type[nn.RNNBase]) -> None:
         for name in cast(nn.ModuleDict, module.parametrizations):
             setattr(type(module), name, vars(old)[name])
     if issubclass(new, LSTM):
-        vars(module)["backend"] = "auto"
+        vars(module).update(backend="auto", memory="save")
         # nn.LSTM keeps the weights of its last call. A computed one has a history, which deepcopy
         # refuses, and fastrnn reads the weights anew at every call.
         kept = vars(module)["_flat_weights"]
         kept[:] = [weight if isinstance(weight, nn.Parameter) else None for weight in kept]
     else:
-        vars(module).pop("backend", None)
+        for name in ("backend", "memory"):
+            vars(module).pop(name, None)
         if not parametrize.is_parametrized(module):  # nn.LSTM sees by itself that those changed
             module._init_flat_weights()
 

@@ -29,8 +29,11 @@ def _collect(flat: Tensor, layout: PackedLayout) -> Tensor:
     """The layout's rows out of ``[entries, F]``."""
     if layout.gather is None:
         return flat
-    index = layout.gather if layout.exact else layout.gather.clamp(max=flat.shape[0] - 1)
-    return flat.index_select(0, index)
+    if layout.exact:
+        return flat.index_select(0, layout.gather)
+    # Unused rows are zero: the products over all rows that follow would carry a NaN on.
+    rows = flat.index_select(0, layout.gather.clamp(max=flat.shape[0] - 1))
+    return rows.masked_fill((layout.gather == flat.shape[0]).unsqueeze(1), 0.0)
 
 
 class Padded:

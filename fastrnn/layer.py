@@ -4,6 +4,7 @@ In this order:
 
 - while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
 - under functorch transforms or forward-mode derivatives: the differentiable step loop;
+- on a GPU that has them: the Triton kernels, fused.py;
 - where every sequence has all the rows: padded.py;
 - else the hand-derived recurrence of recurrence.py.
 """
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrnn.backends import on_kernels
+from fastrnn.fused import FusedCall, run_fused
 from fastrnn.operators import lstm_layer_op
 from fastrnn.packing import PackedLayout
 from fastrnn.padded import run_padded
@@ -23,6 +26,7 @@ from fastrnn.recurrence import (
     Call,
     LayerOutput,
     LSTMRecurrence,
+    Memory,
     flatten_weights,
     host_sizes,
     onednn_can_run,
@@ -30,7 +34,6 @@ from fastrnn.recurrence import (
     pad_rows,
     run_composite,
     run_forward,
-    side_by_side,
 )
 from fastrnn.reference import LayerWeights
 
@@ -44,6 +47,7 @@ def lstm_layer(
     *,
     cell_states: bool = False,
     backend: str = "auto",
+    memory: Memory = "save",
 ) -> LayerOutput:
     """All directions of one layer over packed rows.
 
@@ -54,7 +58,8 @@ def lstm_layer(
         h_0: ``[D, S, P]``.
         c_0: ``[D, S, H]``.
         cell_states: return the cell state of every row.
-        backend: "auto" or "reference".
+        backend: what :func:`fastrnn.backends.resolve_backend` said.
+        memory: "save" or "recompute" the gates for backward.
 
     Returns:
         See :class:`LayerOutput`; rows past the valid ones are zero. Final states share memory with
@@ -67,16 +72,23 @@ def lstm_layer(
     if torch.compiler.is_compiling():
         h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),
-            *(bias, projection, cell_states, needs_grad, backend),
+            *(bias, projection, cell_states, needs_grad, backend, memory),
         )
-        return LayerOutput(h, h_n, c_n, side_by_side(c).to(h.dtype) if cell_states else None)
+        return LayerOutput(h, h_n, c_n, c.flatten(1).to(h.dtype) if cell_states else None)
+
+    composite = needs_composite(*inputs)
+    if on_kernels(backend) and not composite:
+        fused = FusedCall(len(weights), bias, cell_states, memory, backend)
+        steps = layout.steps_on(rows.device)
+        with outside_autocast(rows.device):
+            return run_fused(fused, steps, rows, h_0, c_0, flat, needs_grad=needs_grad)
 
     sizes = host_sizes(layout.batch_sizes)
-    call = Call(sizes, len(weights), bias, projection, cell_states, backend)
+    call = Call(sizes, len(weights), bias, projection, cell_states, backend, memory)
     valid = rows.shape[0] if layout.exact else sum(sizes)
     rows = rows[:valid]
     with outside_autocast(rows.device):
-        if needs_composite(*inputs):
+        if composite:
             output = run_composite(call, rows, h_0, c_0, flat)
         elif layout.padding is not None or (
             onednn_can_run(call, rows) and sizes[-1] == layout.sequences

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fastrnn.costs import worth_padding
 from fastrnn.forms import Form, Jagged, Packed, Padded
 from fastrnn.packing import Lengths, PackedLayout, check_lengths, padded_layout, ragged_layout
 from fastrnn.padded import can_run_padded
-from fastrnn.recurrence import autocast_dtype
+from fastrnn.recurrence import Memory, autocast_dtype
 from fastrnn.reference import LayerWeights
 from fastrnn.stack import StackOutput, run_stack
 
@@ -49,12 +49,16 @@ class LSTM(nn.RNNBase):
         device: of the parameters. Default: torch's.
         dtype: of the parameters. Default: torch's.
         backend: "auto", "reference" or "triton"; see :func:`fastrnn.backends`. Default: "auto".
+        memory: "save" keeps for backward what forward has computed; "recompute" keeps of it the
+            outputs and the cell states, and makes the gates, 4H numbers a step and direction,
+            again with one more matrix product. Default: "save".
 
     Raises:
         ValueError: an argument out of range; TypeError: one of the wrong type; in torch's words.
     """
 
     backend: Backend = "auto"
+    memory: Memory = "save"
 
     def __init__(
         self,
@@ -70,8 +74,11 @@ class LSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: Backend = "auto",
+        memory: Memory = "save",
     ) -> None:
         check_backend(backend)
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
         # Nowhere super() without arguments: it breaks where a method is copied to another class.
         nn.RNNBase.__init__(
             self,
@@ -88,6 +95,7 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self.backend = backend
+        self.memory = memory
 
     def forward(
         self,
@@ -149,7 +157,10 @@ class LSTM(nn.RNNBase):
             h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
         self._check_device("parameter", form, layers[0][0].ih)
 
-        backend = resolve_backend(self.backend, form.device)
+        directions = 2 if self.bidirectional else 1
+        backend = resolve_backend(
+            *(self.backend, form.device, dtype, self.hidden_size, directions, self.proj_size)
+        )
         if lengths is None and mask is None and resets is None:
             layout = form.layout()
         elif (
@@ -158,6 +169,7 @@ class LSTM(nn.RNNBase):
             and isinstance(form, Padded)
             and dtype == form.data.dtype
             and backend == "auto"
+            and self.memory == "save"
             and not (self.proj_size or return_cell_states or (self.bidirectional and hx))
             and can_run_padded(form.data)
         ):
@@ -173,6 +185,7 @@ class LSTM(nn.RNNBase):
             dropout=self.dropout if self.training else 0.0,
             cell_states=return_cell_states,
             backend=backend,
+            memory=self.memory,
         )
         return self._restore(form, layout, result, unbatched)
 
@@ -330,9 +343,12 @@ class LSTM(nn.RNNBase):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def extra_repr(self) -> str:
-        """nn.LSTM's, and the backend where it is not the default."""
+        """nn.LSTM's, and backend and memory where they are not the default."""
         text = nn.RNNBase.extra_repr(self)
-        return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+        for name in ("backend", "memory"):
+            if getattr(self, name) != getattr(LSTM, name):
+                text += f", {name}={getattr(self, name)}"
+        return text
 
     def _trace(self, input: Any, hx: States | None, *ragged: Any) -> tuple[Any, ...]:
         """Under ``torch.jit.trace`` and the exporters built on it: torch's own LSTM operator."""

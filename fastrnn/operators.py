@@ -1,8 +1,8 @@
 """The recurrence as opaque operators of torch.library, for torch.compile and torch.export.
 
-A graph then holds one node a layer and never an unrolled loop. The operators compute what
-:class:`fastrnn.recurrence.LSTMRecurrence` computes; in training always by the step loop, because
-what that saves has shapes that are known while tracing.
+A graph then holds one node a layer and never an unrolled loop. The operators compute what the
+functions of fused.py and recurrence.py compute; on the CPU in training always by the step loop,
+because what that saves has shapes that are known while tracing.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrnn.backends import on_kernels
+from fastrnn.fused import FusedCall, fused_backward, fused_forward
 from fastrnn.recurrence import (
     Call,
-    DirectionRun,
+    Memory,
     OutputGradients,
     compute_dtype,
     host_sizes,
     outside_autocast,
-    pad_rows,
-    run_backward,
-    run_forward,
-    side_by_side,
 )
+from fastrnn.step_loop import States, steps_backward, steps_forward
 
 
 @torch.library.custom_op("fastrnn::lstm_layer", mutates_args=())
@@ -38,26 +37,35 @@ def lstm_layer_op(
     cell_states: bool,
     save: bool,
     backend: str,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The layer as one node of a graph: h, h_n, c_n, and c, gates, tanh(c) by direction.
+    """The layer as one node of a graph.
 
-    The last three are empty where nobody asked for them.
+    Returns:
+        h, h_n and c_n; and c ``[N, D, H]``, gates ``[N, D, 4H]`` and tanh(c) ``[N, D, H]``, each
+        empty where nobody needs it.
     """
-    sizes = host_sizes(batch_sizes)
-    if save:  # the step loop, see above
-        backend = "reference"
-    call = Call(sizes, h_0.shape[0], bias, projection, cell_states, backend)
-    count, valid = rows.shape[0], sum(sizes)
+    keep = _memory(memory)
+    inputs = (rows, h_0, c_0, weights)
     with outside_autocast(rows.device):
-        output, directions = run_forward(call, rows[:valid], h_0, c_0, weights, save=save)
-    states = []
-    if save or cell_states:
-        states = [torch.stack([run.c for run in directions if run.c is not None])]
-    if save:
-        states += [torch.stack([run.saved[index] for run in directions]) for index in range(2)]
-    empty = [rows.new_empty(0, dtype=compute_dtype(rows.dtype)) for _ in range(3 - len(states))]
-    c, gates, tanh_c = [pad_rows(state, count) for state in states] + empty
-    return pad_rows(output.h, count), output.h_n, output.c_n, c, gates, tanh_c
+        if on_kernels(backend):
+            fused = FusedCall(h_0.shape[0], bias, cell_states, keep, backend)
+            output, states = fused_forward(fused, batch_sizes, *inputs, save=save)
+        else:
+            backend = "reference" if save else backend  # the step loop, see above
+            shape = (host_sizes(batch_sizes), h_0.shape[0], bias, projection, cell_states)
+            output, states = steps_forward(Call(*shape, backend, keep), *inputs, save=save)
+    empty = rows.new_empty(0, dtype=_state_dtype(rows, backend))
+    c, gates, tanh_c = (empty.clone() if state is None else state for state in states)
+    return output.h, output.h_n, output.c_n, c, gates, tanh_c
+
+
+def _memory(name: str) -> Memory:
+    return "recompute" if name == "recompute" else "save"
+
+
+def _state_dtype(rows: Tensor, backend: str) -> torch.dtype:
+    return rows.dtype if on_kernels(backend) else compute_dtype(rows.dtype)
 
 
 @lstm_layer_op.register_fake
@@ -72,21 +80,23 @@ def _lstm_layer_fake(
     cell_states: bool,
     save: bool,
     backend: str,
+    memory: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count, directions, hidden_size = rows.shape[0], h_0.shape[0], c_0.shape[2]
-    dtype = compute_dtype(rows.dtype)
+    dtype = _state_dtype(rows, backend)
 
     def state(kept: bool, width: int) -> Tensor:
-        shape = (directions, count, width) if kept else (0,)
+        shape = (count, directions, width) if kept else (0,)
         return rows.new_empty(shape, dtype=dtype)
 
+    keeps_gates = save and memory == "save"
     return (
         rows.new_empty(count, directions * h_0.shape[2]),
         torch.empty_like(h_0, dtype=rows.dtype, memory_format=torch.contiguous_format),
         torch.empty_like(c_0, dtype=rows.dtype, memory_format=torch.contiguous_format),
         state(save or cell_states, hidden_size),
-        state(save, 4 * hidden_size),
-        state(save, hidden_size),
+        state(keeps_gates, 4 * hidden_size),
+        state(keeps_gates and not on_kernels(backend), hidden_size),
     )
 
 
@@ -107,23 +117,23 @@ def lstm_layer_backward_op(
     tanh_c: Tensor,
     bias: bool,
     projection: bool,
+    backend: str,
+    memory: str,
 ) -> list[Tensor]:
     """Gradients of rows, h_0, c_0 and each weight."""
-    sizes = host_sizes(batch_sizes)
-    valid = sum(sizes)
-    call = Call(sizes, h_0.shape[0], bias, projection, d_c is not None, "reference")
-    directions = [
-        DirectionRun(None, c[index, :valid], (gates[index, :valid], tanh_c[index, :valid]))
-        for index in range(call.directions)
-    ]
-    d_c_rows = None if d_c is None else side_by_side(d_c)[:valid]
-    grads = OutputGradients(d_h[:valid], d_h_n, d_c_n, d_c_rows)
-    needs = [True] * (3 + len(weights))
-    inputs = (rows[:valid], h_0, c_0, weights, h[:valid])
+    keep = _memory(memory)
+    directions, cell_states = h_0.shape[0], d_c is not None
+    grads = OutputGradients(d_h, d_h_n, d_c_n, None if d_c is None else d_c.flatten(1))
+    states = States(c, gates, tanh_c) if keep == "save" else States(c, None, None)
+    inputs = (rows, h_0, c_0, weights, h, states, [True] * (3 + len(weights)))
     with outside_autocast(rows.device):
-        found = run_backward(call, grads, *inputs, directions, needs)
-    d_rows, *others = [gradient for gradient in found if gradient is not None]
-    return [pad_rows(d_rows, rows.shape[0]), *others]
+        if on_kernels(backend):
+            fused = FusedCall(directions, bias, cell_states, keep, backend)
+            found = fused_backward(fused, grads, batch_sizes, *inputs)
+        else:
+            shape = (host_sizes(batch_sizes), directions, bias, projection, cell_states)
+            found = steps_backward(Call(*shape, "reference", keep), grads, *inputs)
+    return [gradient for gradient in found if gradient is not None]
 
 
 @lstm_layer_backward_op.register_fake
@@ -143,6 +153,8 @@ def _lstm_layer_backward_fake(
     tanh_c: Tensor,
     bias: bool,
     projection: bool,
+    backend: str,
+    memory: str,
 ) -> list[Tensor]:
     return [
         tensor.new_empty(tensor.shape, dtype=rows.dtype) for tensor in (rows, h_0, c_0, *weights)
@@ -150,10 +162,11 @@ def _lstm_layer_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, batch_sizes, h_0, c_0, weights, bias, projection, cell_states, *_ = inputs
+    rows, batch_sizes, h_0, c_0, weights, bias, projection, cell_states, _, *path = inputs
     h, _, _, c, gates, tanh_c = output
     ctx.save_for_backward(rows, batch_sizes, h_0, c_0, *weights, h, c, gates, tanh_c)
-    ctx.bias, ctx.projection, ctx.cell_states = bias, projection, cell_states
+    ctx.layer = bias, projection, *path
+    ctx.cell_states = cell_states
 
 
 def _op_backward(ctx: Any, *d_outputs: Tensor) -> tuple[Any, ...]:
@@ -161,9 +174,9 @@ def _op_backward(ctx: Any, *d_outputs: Tensor) -> tuple[Any, ...]:
     rows, batch_sizes, h_0, c_0, *weights, h, c, gates, tanh_c = ctx.saved_tensors
     d_rows, d_h_0, d_c_0, *d_weights = lstm_layer_backward_op(
         *(d_h, d_h_n, d_c_n, d_c if ctx.cell_states else None, rows, batch_sizes, h_0, c_0),
-        *(weights, h, c, gates, tanh_c, ctx.bias, ctx.projection),
+        *(weights, h, c, gates, tanh_c, *ctx.layer),
     )
-    return d_rows, None, d_h_0, d_c_0, d_weights, None, None, None, None, None
+    return d_rows, None, d_h_0, d_c_0, d_weights, *(None,) * 6
 
 
 lstm_layer_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -62,6 +62,15 @@ class PackedLayout:
     padding: Tensor | None = None
     last: Tensor | None = None
 
+    def steps_on(self, device: torch.device) -> Tensor:
+        """``batch_sizes`` on the device; a dense batch's are made there, not copied."""
+        if self.batch_sizes.device == device:
+            return self.batch_sizes
+        steps = self.batch_sizes.shape[0]
+        if self.rows == steps * self.sequences:
+            return torch.full((steps,), self.sequences, dtype=torch.int64, device=device)
+        return self.batch_sizes.to(device, non_blocking=True)
+
     def enter(self, initial: Tensor) -> Tensor:
         """Initial states of the batch, ``[D, B, F]``, to those of the sequences, ``[D, S, F]``."""
         if self.owner is None:

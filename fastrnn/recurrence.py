@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,23 @@ class LayerOutput(NamedTuple):
     c: Tensor | None
 
 
+Memory = Literal["save", "recompute"]
+
+
 class Call(NamedTuple):
-    """What a layer's computation is, besides its tensors."""
+    """What a layer's computation is, besides its tensors.
+
+    Attributes:
+        sizes: active sequences at each step.
+        directions: D.
+        bias: whether there are biases.
+        projection: whether there are projections.
+        cell_states: whether the cell states are an output.
+        backend: "auto" or "reference".
+        memory: "save" keeps the activated gates and tanh(c) for backward, 5 H numbers a row and
+            direction; "recompute" makes them again. oneDNN always keeps its workspace, so it does
+            not run with "recompute".
+    """
 
     sizes: tuple[int, ...]
     directions: int
@@ -49,25 +64,29 @@ class Call(NamedTuple):
     projection: bool
     cell_states: bool
     backend: str
+    memory: Memory = "save"
 
-    def unflatten(self, weights: Sequence[Tensor]) -> list[LayerWeights]:
+    def unflatten(self, flat: Sequence[Tensor]) -> list[LayerWeights]:
         """The flat list of weights, by direction."""
-        each = len(weights) // self.directions
-        return [
-            _layer_weights(weights[begin : begin + each], self.bias, self.projection)
-            for begin in range(0, len(weights), each)
-        ]
-
-
-def _layer_weights(flat: Sequence[Tensor], bias: bool, projection: bool) -> LayerWeights:
-    ih, hh, *rest = flat
-    bias_ih, bias_hh = (rest[0], rest[1]) if bias else (None, None)
-    return LayerWeights(ih, hh, bias_ih, bias_hh, rest[-1] if projection else None)
+        return unflatten_weights(flat, self.directions, bias=self.bias, projection=self.projection)
 
 
 def flatten_weights(weights: Sequence[LayerWeights]) -> list[Tensor]:
-    """All tensors of all directions; :meth:`Call.unflatten` undoes it."""
+    """All tensors of all directions; :func:`unflatten_weights` undoes it."""
     return [tensor for direction in weights for tensor in direction if tensor is not None]
+
+
+def unflatten_weights(
+    flat: Sequence[Tensor], directions: int, *, bias: bool, projection: bool
+) -> list[LayerWeights]:
+    """The flat list of weights, by direction."""
+    each = len(flat) // directions
+    found = []
+    for begin in range(0, len(flat), each):
+        ih, hh, *rest = flat[begin : begin + each]
+        bias_ih, bias_hh = (rest[0], rest[1]) if bias else (None, None)
+        found.append(LayerWeights(ih, hh, bias_ih, bias_hh, rest[-1] if projection else None))
+    return found
 
 
 def host_sizes(batch_sizes: Tensor) -> tuple[int, ...]:
@@ -98,6 +117,7 @@ def onednn_can_run(call: Call, rows: Tensor) -> bool:
     """Whether oneDNN knows all that the call asks for, and can run its rows."""
     return (
         call.backend != "reference"
+        and call.memory == "save"
         and not call.cell_states
         and not call.projection
         and rows.numel() > 0
@@ -131,6 +151,11 @@ class OutputGradients(NamedTuple):
     h_n: Tensor | None
     c_n: Tensor | None
     c: Tensor | None
+
+    def of_rows(self, valid: int) -> OutputGradients:
+        """Those of the first rows alone."""
+        h, c = (None if rows is None else rows[:valid] for rows in (self.h, self.c))
+        return self._replace(h=h, c=c)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -172,7 +197,10 @@ def run_forward(
             run = rects.rectangle_forward(*inputs, plan.rectangles, reverse=reverse, save=save)
         else:
             run = reference.lstm_forward(
-                *inputs, reverse=reverse, save=save, cell_states=call.cell_states
+                *inputs,
+                reverse=reverse,
+                save_gates=save and call.memory == "save",
+                save_cells=save or call.cell_states,
             )
         results.append(run)
     output = _layer_output(call, results, dtype)
@@ -268,10 +296,10 @@ class LSTMRecurrence(torch.autograd.Function):
     """All directions of one layer with a hand-derived backward.
 
     Saved for backward: the inputs, the outputs ``h``, and what each direction's path saves (the
-    step loop: gates, c and tanh(c), 6 H numbers a row; oneDNN: its workspace). A second backward
-    gives the same gradients; oneDNN uses its workspace as scratch, so two threads must not run
-    backward on one retained graph at once. Where backward itself is
-    differentiated (``create_graph=True``) it goes through
+    step loop: c, H numbers a row, and unless ``memory="recompute"`` gates and tanh(c), 5 H; oneDNN:
+    its workspace). A second backward gives the same gradients; oneDNN uses its workspace as
+    scratch, so two threads must not run backward on one retained graph at once. Where backward
+    itself is differentiated (``create_graph=True``) it goes through
     :func:`fastrnn.reference.lstm_composite`.
     """
 
@@ -300,7 +328,7 @@ class LSTMRecurrence(torch.autograd.Function):
         if torch.is_grad_enabled():
             with outside_autocast(rows.device):
                 inputs = [rows, h_0, c_0, *flat]
-                return (None, *_differentiable_backward(ctx.call, grads, inputs, needs))
+                return (None, *differentiable_backward(ctx.call, grads, inputs, needs))
         each = len(saved) // ctx.call.directions
         directions = [
             DirectionRun(
@@ -333,16 +361,21 @@ def run_composite(
     return _layer_output(call, results, dtype)
 
 
-def _differentiable_backward(
+def differentiable_backward(
     call: Call,
     grads: OutputGradients,
     inputs: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients as functions of inputs and ``grads`` that can be differentiated again."""
+    """The gradients as functions of inputs and ``grads`` that can be differentiated again.
+
+    Rows, ``h`` and ``c`` past the valid ones do not count.
+    """
     # Views, so that a gradient reaches an input here only through this layer.
     views = [tensor.view_as(tensor) for tensor in inputs]
-    outputs = run_composite(call, views[0], views[1], views[2], views[3:])
+    valid = sum(call.sizes)
+    outputs = run_composite(call, views[0][:valid], views[1], views[2], views[3:])
+    grads = grads.of_rows(valid)
     pairs = [
         (output, gradient)
         for output, gradient in zip(outputs, grads, strict=True)

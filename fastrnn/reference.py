@@ -173,8 +173,8 @@ def lstm_forward(
     c_0: Tensor,
     *,
     reverse: bool,
-    save: bool,
-    cell_states: bool = False,
+    save_gates: bool,
+    save_cells: bool,
 ) -> Forward:
     """One direction over all rows.
 
@@ -185,9 +185,9 @@ def lstm_forward(
         h_0: ``[S, P]``.
         c_0: ``[S, H]``.
         reverse: walk the steps from last to first.
-        save: keep what :func:`lstm_backward` needs: ``c``, the activated gates ``[N, 4H]`` and
-            ``tanh(c)`` ``[N, H]`` (a third of a step's element-wise time, if computed again).
-        cell_states: return ``c`` though nothing is saved.
+        save_gates: keep the activated gates ``[N, 4H]`` and ``tanh(c)`` ``[N, H]``, which
+            :func:`lstm_backward` otherwise computes again.
+        save_cells: keep ``c``, which :func:`lstm_backward` needs.
 
     Returns:
         See :class:`Forward`.
@@ -197,19 +197,20 @@ def lstm_forward(
     hh_t = weights.hh.t().contiguous()  # its view costs a small step up to a third more
     blocks = _blocks(sizes, hidden_size)
     most = max((block.end - block.begin for block in blocks), default=0)
-    gates = rows.new_empty(rows.shape[0] if save else most, 4 * hidden_size)
+    gates = rows.new_empty(rows.shape[0] if save_gates else most, 4 * hidden_size)
     h = rows.new_empty(rows.shape[0], h_0.shape[1])
     h_steps = h.split(list(sizes))
     c, c_steps = None, None
-    if save or cell_states:
+    if save_cells:
         c = rows.new_empty(rows.shape[0], hidden_size)
         c_steps = c.split(list(sizes))
     c_state = c_0.clone() if c is None else c_0  # updated in place where no step's c is kept
-    tanh_c = rows.new_empty(rows.shape[0] if save else h_0.shape[0], hidden_size)
-    tanh_steps = tanh_c.split(list(sizes)) if save else None
+    tanh_c = rows.new_empty(rows.shape[0] if save_gates else h_0.shape[0], hidden_size)
+    tanh_steps = tanh_c.split(list(sizes)) if save_gates else None
 
     for block in reversed(blocks) if reverse else blocks:
-        block_gates = gates[block.begin : block.end] if save else gates[: block.end - block.begin]
+        begin = block.begin if save_gates else 0
+        block_gates = gates[begin : begin + block.end - block.begin]
         _project(rows[block.begin : block.end], ih_t, bias, block_gates)
         steps = list(range(block.first, block.last))
         views = _gate_views(block_gates, [sizes[step] for step in steps], hidden_size)
@@ -236,7 +237,7 @@ def lstm_forward(
 
     h_n = _final(h_steps, h_0, sizes, reverse)
     c_n = c_state if c_steps is None else _final(c_steps, c_0, sizes, reverse)
-    return Forward(h, h_n, c_n, c, (gates, tanh_c) if save else ())
+    return Forward(h, h_n, c_n, c, (gates, tanh_c) if save_gates else ())
 
 
 def _project(rows: Tensor, ih_t: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -288,7 +289,7 @@ def lstm_backward(
         reverse: see there.
         h: ``[N, P]``, its outputs.
         c: ``[N, H]``, its cell states.
-        saved: what it saved; only read, so that a second backward finds it as it was.
+        saved: what it saved, or nothing; only read, so that a second backward finds it as it was.
         needs_rows: compute the gradient of ``rows``.
         needs_weights: the same for each of ih, hh, bias_ih, bias_hh, hr.
 
@@ -312,7 +313,8 @@ def lstm_backward(
     d_c_steps = d_c.split(sizes) if d_c is not None else None
     blocks = _blocks(sizes, hidden_size)
     most = max((block.end - block.begin for block in blocks), default=0)
-    gates, all_tanh_c = saved
+    gates, all_tanh_c = saved or (None, None)
+    bias, ih_t, hh_t = weights.bias(), weights.ih.t(), weights.hh.t()
     d_gates_buffer = rows.new_empty(most, 4 * hidden_size)
     c_buffer = rows.new_empty(most, hidden_size)
     h_buffer = rows.new_empty(most, size_h)
@@ -322,9 +324,21 @@ def lstm_backward(
         count = block.end - block.begin
         block_sizes = sizes[block.first : block.last]
         d_gates, c_previous = d_gates_buffer[:count], c_buffer[:count]
-        tanh_c = all_tanh_c[block.begin : block.end]
-        i, f, g, o = gates[block.begin : block.end].chunk(4, 1)
         steps = range(block.first, block.last)
+        h_previous = None
+        if d_hh is not None or gates is None:
+            states = [_previous(t, h_steps, h_0, sizes, reverse) for t in steps]
+            h_previous = torch.cat(states, out=h_buffer[:count])
+        if gates is not None and all_tanh_c is not None:
+            block_gates = gates[block.begin : block.end]
+            tanh_c = all_tanh_c[block.begin : block.end]
+        else:
+            assert h_previous is not None
+            block_gates = rows.new_empty(count, 4 * hidden_size)
+            _project(rows[block.begin : block.end], ih_t, bias, block_gates)
+            activate_(block_gates.addmm_(h_previous, hh_t))
+            tanh_c = c[block.begin : block.end].tanh()
+        i, f, g, o = block_gates.chunk(4, 1)
         torch.cat([_previous(t, c_steps, c_0, sizes, reverse) for t in steps], out=c_previous)
         # d_gates starts as what d_c (for i, f, g) and d_m (for o) are multiplied by, m = o tanh(c).
         d_i, d_f, d_g, d_o = d_gates.chunk(4, 1)
@@ -368,23 +382,36 @@ def lstm_backward(
             torch.mm(d_gates, weights.ih, out=d_rows[block.begin : block.end])
         if d_ih is not None:
             d_ih.addmm_(d_gates.t(), rows[block.begin : block.end])
-        if d_hh is not None:
-            h_previous = [_previous(t, h_steps, h_0, sizes, reverse) for t in steps]
-            d_hh.addmm_(d_gates.t(), torch.cat(h_previous, out=h_buffer[:count]))
+        if d_hh is not None and h_previous is not None:
+            d_hh.addmm_(d_gates.t(), h_previous)
         if d_bias is not None:
             d_bias.add_(d_gates.sum(0))
         if d_hr is not None and d_h_buffer is not None:
             d_hr.addmm_(d_h_buffer[:count].t(), tanh_c * o)
 
-    d_biases = (d_bias if needs_bias_ih else None, _twin(d_bias, needs_bias_ih, needs_bias_hh))
+    d_biases = twin_gradients(d_bias, needs_bias_ih, needs_bias_hh)
     return Gradients(d_rows, h_state, c_state, (d_ih, d_hh, *d_biases, d_hr))
 
 
-def _twin(d_bias: Tensor | None, needs_first: bool, needs_second: bool) -> Tensor | None:
-    """The second bias' gradient: equal to the first's, in memory of its own."""
-    if d_bias is None or not needs_second:
-        return None
-    return d_bias.clone() if needs_first else d_bias
+def activate_(gates: Tensor) -> Tensor:
+    """Gates ``[..., 4H]`` to their activations, in place."""
+    hidden_size = gates.shape[-1] // 4
+    i_f, g, o = gates.split([2 * hidden_size, hidden_size, hidden_size], -1)
+    i_f.sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    return gates
+
+
+def twin_gradients(
+    d_bias: Tensor | None, needs_first: bool, needs_second: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of both biases: equal, each in memory of its own."""
+    if d_bias is None:
+        return None, None
+    if needs_first and needs_second:
+        return d_bias, d_bias.clone()
+    return (d_bias, None) if needs_first else (None, d_bias)
 
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input

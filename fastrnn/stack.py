@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fastrnn.layer import lstm_layer
 from fastrnn.packing import PackedLayout
+from fastrnn.recurrence import Memory
 from fastrnn.reference import LayerWeights
 
 
@@ -40,6 +41,7 @@ def run_stack(
     dropout: float = 0.0,
     cell_states: bool = False,
     backend: str = "auto",
+    memory: Memory = "save",
 ) -> StackOutput:
     """All layers over packed rows.
 
@@ -53,6 +55,7 @@ def run_stack(
         dropout: probability that an entry of a layer's output is zeroed before the next layer.
         cell_states: return the last layer's cell states.
         backend: see backends.py.
+        memory: see :func:`fastrnn.layer.lstm_layer`.
 
     Returns:
         See :class:`StackOutput`.
@@ -73,6 +76,7 @@ def run_stack(
             zeros[1] if c_0 is None else layout.enter(c_0[part]),
             cell_states=cell_states and index == len(layers) - 1,
             backend=backend,
+            memory=memory,
         )
         rows, c = output.h, output.c
         h_n.append(layout.leave(output.h_n))

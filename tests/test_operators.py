@@ -43,26 +43,31 @@ with_cell_states = pytest.mark.parametrize(
 )
 
 
+every_memory = pytest.mark.parametrize("memory", ["save", "recompute"])
+
+
 @with_cell_states
-def test_opcheck_forward_for_training(case, cell_states):
-    arguments = (*operands(**case), cell_states, True, "auto")
+@every_memory
+def test_opcheck_forward_for_training(case, cell_states, memory):
+    arguments = (*operands(**case), cell_states, True, "auto", memory)
     torch.library.opcheck(lstm_layer_op, arguments)
 
 
 @with_cell_states
 def test_opcheck_forward_for_inference(case, cell_states):
-    arguments = (*operands(grad=False, **case), cell_states, False, "auto")
+    arguments = (*operands(grad=False, **case), cell_states, False, "auto", "save")
     torch.library.opcheck(lstm_layer_op, arguments)
 
 
 @with_cell_states
-def test_opcheck_backward(case, cell_states):
+@every_memory
+def test_opcheck_backward(case, cell_states, memory):
     rows, sizes, h_0, c_0, weights, bias, projection = operands(grad=False, **case)
-    forward = (rows, sizes, h_0, c_0, weights, bias, projection, cell_states, True, "auto")
+    forward = (rows, sizes, h_0, c_0, weights, bias, projection, cell_states, True, "auto", memory)
     h, h_n, c_n, c, gates, tanh_c = lstm_layer_op(*forward)
     d_c = torch.randn_like(c) if cell_states else None
     gradients = (torch.randn_like(h), torch.randn_like(h_n), torch.randn_like(c_n), d_c)
-    inputs = (rows, sizes, h_0, c_0, weights, h, c, gates, tanh_c, bias, projection)
+    inputs = (rows, sizes, h_0, c_0, weights, h, c, gates, tanh_c, bias, projection, "auto", memory)
     torch.library.opcheck(lstm_layer_backward_op, (*gradients, *inputs))
 
 
@@ -71,16 +76,18 @@ def test_opcheck_backward(case, cell_states):
 def test_inference_computes_what_training_does(case, path):
     """Inference may run rectangles, also where the layout ends in empty steps and spare rows."""
     arguments = operands(grad=False, **case)
-    training = lstm_layer_op(*arguments, False, True, "auto")
+    training = lstm_layer_op(*arguments, False, True, "auto", "save")
     with forced(path):
-        inference = lstm_layer_op(*arguments, False, False, "auto")
+        inference = lstm_layer_op(*arguments, False, False, "auto", "save")
     for found, expected in zip(inference[:3], training[:3]):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_spare_rows_are_not_read():
     rows, sizes, *others = operands(grad=False, sizes=(3, 2, 0, 0), spare=7)
-    clean = lstm_layer_op(rows, sizes, *others, False, True, "auto")
+    clean = lstm_layer_op(rows, sizes, *others, False, True, "auto", "save")
     rows[5:] = float("nan")
-    for found, expected in zip(lstm_layer_op(rows, sizes, *others, False, True, "auto"), clean):
+    for found, expected in zip(
+        lstm_layer_op(rows, sizes, *others, False, True, "auto", "save"), clean
+    ):
         assert torch.equal(found, expected)

@@ -164,7 +164,7 @@ class Problem:
         """The step loop's outputs and gradients, in float64."""
         weights = LayerWeights(*(None if w is None else w.double() for w in self.weights))
         inputs = (self.rows.double(), self.sizes, weights, self.h_0.double(), self.c_0.double())
-        run = lstm_forward(*inputs, reverse=self.reverse, save=True)
+        run = lstm_forward(*inputs, reverse=self.reverse, save_gates=True, save_cells=True)
         gradients = [None if d is None else d.double() for d in self.gradients(leave_out)]
         found = lstm_backward(
             *gradients,

@@ -155,6 +155,45 @@ def test_the_reference_backend_gives_the_answer():
     assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
 
 
+# --- memory --------------------------------------------------------------------------------------
+
+
+@every_configuration
+def test_recomputed_gates_give_the_answer(config, calls):
+    lstm = make(**{**config, "batch_first": False}, memory="recompute")
+    x, hx = problem(lstm)
+    found = everything(ragged_call, lstm, x, hx)
+    runs = lstm.num_layers * (1 + lstm.bidirectional)
+    assert calls == {"loop": runs, "rectangles": 0, "padded": 0}
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
+
+
+def test_recomputing_keeps_less():
+    """Of 6 H numbers a row gates, 4 H, and tanh(c), H."""
+    kept = {}
+    for memory in ("save", "recompute"):
+        lstm = make(memory=memory, backend="reference")
+        x, hx = problem(lstm)
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, numbers=numbers: numbers.append(t.numel()) or t, lambda t: t
+        ):
+            ragged_call(lstm, x, hx)
+        kept[memory] = sum(numbers)
+    assert kept["save"] - kept["recompute"] == 5 * H * sum(LENGTHS)
+
+
+def test_an_unknown_memory_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError) as error:
+        make(memory="none")
+    assert str(error.value) == "memory must be one of save, recompute, got 'none'"
+
+
+def test_repr_names_what_is_not_the_default():
+    assert repr(make()) == "LSTM(3, 5)"
+    assert repr(make(memory="recompute")) == "LSTM(3, 5, memory=recompute)"
+
+
 # --- backends ------------------------------------------------------------------------------------
 
 

@@ -69,9 +69,10 @@ class Problem:
     def inputs(self):
         return (self.rows, self.sizes, self.weights, self.h_0, self.c_0)
 
-    def forward(self, **options):
-        options = {"save": True, **options}
-        return lstm_forward(*self.inputs(), reverse=self.reverse, **options)
+    def forward(self, *, gates=True, cells=True):
+        return lstm_forward(
+            *self.inputs(), reverse=self.reverse, save_gates=gates, save_cells=cells
+        )
 
     def backward(self, run, *, leave_out=(), needs_rows=True, needs_weights=None):
         gradients = [None if n in leave_out else d for n, d in self.d_outputs.items()]
@@ -144,7 +145,7 @@ def test_it_computes_what_nn_lstm_does(run, cell, sizes, reverse):
         packed = PackedSequence(problem.rows, torch.tensor(sizes))
         hx = [state[:active].expand(2, -1, -1).contiguous() for state in (problem.h_0, problem.c_0)]
         output, (h_n, c_n) = theirs(packed, hx)
-    options = {"save": False} if run is lstm_forward else {}
+    options = {"save_gates": False, "save_cells": False} if run is lstm_forward else {}
     found = run(*problem.inputs(), reverse=reverse, **options)
     columns = slice(size_h, None) if reverse else slice(size_h)
     expected = {
@@ -166,13 +167,13 @@ def test_forward_is_the_differentiable_loops(cell, sizes, reverse):
 
 @every_direction
 @every_sizes
-@pytest.mark.parametrize("cell_states", [False, True], ids=["", "cell-states"])
-def test_what_is_saved_changes_no_output(sizes, cell_states, reverse):
+@pytest.mark.parametrize("cells", [False, True], ids=["", "cell-states"])
+def test_what_is_saved_changes_no_output(sizes, cells, reverse):
     problem = Problem(sizes, reverse=reverse)
-    saving = problem.forward(save=True)
-    lean = problem.forward(save=False, cell_states=cell_states)
+    saving = problem.forward()
+    lean = problem.forward(gates=False, cells=cells)
     assert lean.saved == ()
-    assert (lean.c is not None) == cell_states
+    assert (lean.c is not None) == cells
     expected = outputs(saving)
     assert_identical(outputs(lean), {name: expected[name] for name in outputs(lean)})
 
@@ -182,7 +183,7 @@ def test_what_is_saved_changes_no_output(sizes, cell_states, reverse):
 def test_final_states_share_memory_with_nothing(save, reverse):
     for sizes in SIZES.values():
         problem = Problem(sizes, reverse=reverse)
-        run = problem.forward(save=save, cell_states=True)
+        run = problem.forward(gates=save)
         others = [run.h, run.c, problem.h_0, problem.c_0, *run.saved]
         taken = {tensor.untyped_storage().data_ptr() for tensor in others if tensor.numel()}
         assert run.h_n.untyped_storage().data_ptr() not in taken
@@ -198,7 +199,7 @@ def test_forward_writes_to_nothing_it_was_given(cell, save, reverse):
     given = [problem.rows, *problem.weights, problem.h_0, problem.c_0]
     given = [tensor for tensor in given if tensor is not None]
     before = [tensor.clone() for tensor in given]
-    problem.forward(save=save)
+    problem.forward(gates=save, cells=save)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, before))
 
 
@@ -293,8 +294,9 @@ def test_where_time_is_cut_into_blocks_changes_nothing(
     run = problem.forward()
     expected, gradients = problem.by_autograd()
     assert_agree(outputs(run), expected)
-    assert_agree(outputs(problem.forward(save=False, cell_states=True)), expected)
+    assert_agree(outputs(problem.forward(gates=False)), expected)
     assert_agree(problem.backward(run), gradients)
+    assert_agree(problem.backward(problem.forward(gates=False)), gradients)
 
 
 @pytest.mark.parametrize("most_rows", [1, 3, 6, 100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -93,8 +94,22 @@ def precision_of(tensor: torch.Tensor, input_precision: InputPrecision) -> Input
     return input_precision
 
 
-def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one: Triton launches on its current stream."""
-    if tensor.is_cuda:
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+class CannotLaunch(RuntimeError):
+    """The GPU refused the launch, so that nothing was computed. The message has its reason."""
+
+
+@contextlib.contextmanager
+def launching(tensor: torch.Tensor) -> Iterator[None]:
+    """Makes the tensor's GPU the current one: Triton launches on its current stream.
+
+    Raises:
+        CannotLaunch: the grid cannot be resident at once, or a program needs more than there is.
+    """
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    try:
+        with device:
+            yield
+    except Exception as error:  # Triton's own, which are not imported here
+        if type(error).__name__ == "OutOfResources" or "cooperative" in str(error).lower():
+            raise CannotLaunch(f"{tensor.device} refused the launch: {error}") from error
+        raise

@@ -20,7 +20,7 @@ from .launch import (
     InputPrecision,
     check_rows,
     check_tensor,
-    device_of,
+    launching,
     precision_of,
     scratch,
     with_aligned_columns,
@@ -37,6 +37,7 @@ from .primitives import (
     tanh,
     zero_product,
 )
+from .tile_store import stored_tile
 from .tiling import Chip, Tile, backward_tile, ceil_div
 
 
@@ -324,14 +325,15 @@ def lstm_backward(
         offsets: first row of each step [T], int64, on the same device.
         d_c: gradient of the cell states `c`, where they were an output [N, D, H].
         input_precision: how float32 products are made, as in the forward pass.
-        tile: how the work is cut; by default `tiling.backward_tile` decides.
+        tile: how the work is cut. Default: as measured (tile_store.py), or else the rule's
+            (`tiling.backward_tile`).
 
     Returns:
         d_gates (zero in rows beyond the valid ones), d_h_0 and d_c_0, of gates' dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        RuntimeError: the grid cannot be resident at once on this GPU (nothing was computed).
+        CannotLaunch: the grid cannot be resident at once on this GPU (nothing was computed).
     """
     D, S, H, T = check_rows(gates, weight_hh, None, c_0, batch_sizes, offsets)
     N = gates.shape[0]
@@ -348,12 +350,14 @@ def lstm_backward(
 
     precision = precision_of(gates, input_precision)
     if tile is None:
+        tile = stored_tile("backward", S, H, D, gates.dtype, gates.device, precision)
+    if tile is None:
         tile = backward_tile(S, H, D, gates.dtype, Chip.of(gates.device), precision)
     tile.check(S, H)
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates, tile, D, num_batch_tiles, 4 * tile.padded(H))
-    with device_of(gates):
+    with launching(gates):
         lstm_backward_kernel[tile.grid(D)](
             d_h,
             d_h_n,

@@ -20,7 +20,7 @@ from .grid_barrier import count_arrival, wait
 from .launch import (
     InputPrecision,
     check_rows,
-    device_of,
+    launching,
     precision_of,
     scratch,
     with_aligned_columns,
@@ -38,6 +38,7 @@ from .primitives import (
     tanh,
     zero_product,
 )
+from .tile_store import stored_tile
 from .tiling import Chip, Tile, ceil_div, forward_tile
 
 
@@ -312,14 +313,15 @@ def lstm_forward(
             recomputed from h with one matrix product), or nothing.
         input_precision: how float32 products are made: "tf32", "tf32x3" (as exact as float32) or
             "ieee".
-        tile: how the work is cut; by default `tiling.forward_tile` decides.
+        tile: how the work is cut. Default: as measured (tile_store.py), or else the rule's
+            (`tiling.forward_tile`).
 
     Returns:
         h, h_n, c_n, and gates and c where `save` asks for them, all of gates_x's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        RuntimeError: the grid cannot be resident at once on this GPU (nothing was computed).
+        CannotLaunch: the grid cannot be resident at once on this GPU (nothing was computed).
     """
     D, S, H, T = check_rows(gates_x, weight_hh, h_0, c_0, batch_sizes, offsets)
     N = gates_x.shape[0]
@@ -337,12 +339,14 @@ def lstm_forward(
 
     precision = precision_of(gates_x, input_precision)
     if tile is None:
+        tile = stored_tile("forward", S, H, D, gates_x.dtype, gates_x.device, precision)
+    if tile is None:
         tile = forward_tile(S, H, D, gates_x.dtype, Chip.of(gates_x.device), precision)
     tile.check(S, H)
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates_x, tile, D, num_batch_tiles, tile.padded(H))
-    with device_of(gates_x):
+    with launching(gates_x):
         lstm_forward_kernel[tile.grid(D)](
             gates_x,
             weight_hh,

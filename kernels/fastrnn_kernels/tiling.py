@@ -26,8 +26,12 @@ STREAM_STAGE_BYTES = 32_768
 BYTES_IN_FLIGHT = 192
 # Hidden units times rows per thread, in 16 bits: each lives with four gates, the next step's four,
 # c and h; 16 spill. Half as many where rows do not begin at multiples of 16 bytes, for each then
-# has an address of its own; half in float32; and half again in tf32x3.
+# has an address of its own (backward fewer still, see _num_warps); half in float32; and half again
+# in tf32x3.
 CELLS_PER_THREAD = 8
+MOST_WARPS = 8
+# With 4 warps ptxas spills a few registers of grouped products for sm_100, and for no other chip.
+SM_100_WARPS = 8
 # Cells of a program whose product is made in groups: each group has its own accumulators. 1024
 # spill.
 GROUP_CELLS = 512
@@ -222,17 +226,37 @@ def parts_of(dtype: torch.dtype, input_precision: str) -> int:
 
 @functools.cache
 def _choose(which: Pass, S: int, H: int, D: int, itemsize: int, chip: Chip, parts: int = 1) -> Tile:
-    # Where none fits within the registers, one that may spill is better than none.
+    tiles = fitting_tiles(which, S, H, D, itemsize, chip, parts)
+    return min(tiles, key=lambda tile: step_cycles(tile, which, S, H, itemsize, chip, parts))
+
+
+def fitting_tiles(
+    which: Pass, S: int, H: int, D: int, itemsize: int, chip: Chip, parts: int = 1
+) -> list[Tile]:
+    """The tiles to choose from. Where none fits within the registers, some that may spill.
+
+    Raises:
+        ValueError: none fits this chip at all.
+    """
     for crowding in (1, 2, 4):
         tiles = list(candidates(which, S, H, D, itemsize, chip, parts, crowding))
         if tiles:
-            break
-    else:
-        raise ValueError(
-            f"no tile fits {which} H {H}, {D} directions on {chip.architecture}: "
-            f"at most {chip.multiprocessors} programs are resident; use the reference backend"
-        )
-    return min(tiles, key=lambda tile: step_cycles(tile, which, S, H, itemsize, chip, parts))
+            return tiles
+    raise ValueError(
+        f"no tile fits {which} H {H}, {D} directions on {chip.architecture}: "
+        f"at most {chip.multiprocessors} programs are resident; use the reference backend"
+    )
+
+
+def with_batch_programs(tile: Tile, S: int, D: int, chip: Chip) -> Tile:
+    """The tile with as many batch tiles under way as fit, for another number of sequences."""
+    return replace(
+        tile, batch_programs=_batch_programs(S, tile.BLOCK_B, tile.unit_programs, D, chip)
+    )
+
+
+def _batch_programs(S: int, BLOCK_B: int, unit_programs: int, D: int, chip: Chip) -> int:
+    return min(ceil_div(S, BLOCK_B), max(1, chip.multiprocessors // (unit_programs * D)))
 
 
 def candidates(
@@ -246,20 +270,16 @@ def candidates(
     crowding: int = 1,
 ) -> Iterator[Tile]:
     """Every tile that fits, with `crowding` times the cells per thread that never spill."""
-    cells_per_thread = crowding * CELLS_PER_THREAD * 2 // itemsize // parts
-    if H * itemsize % 16:
-        cells_per_thread //= 2
     for BLOCK_H in (16, 32, 64, 128):
         unit_programs = ceil_div(H, BLOCK_H)
         if unit_programs * D > chip.multiprocessors or 2 * max(H, 16) <= BLOCK_H:
             continue
         for BLOCK_B in (16, 32, 64):
-            batch_programs = min(
-                ceil_div(S, BLOCK_B), max(1, chip.multiprocessors // (unit_programs * D))
-            )
-            cells = BLOCK_B * BLOCK_H // (cells_per_thread * chip.warp_size)
-            num_warps = max(4, cells)
-            if num_warps > 8:
+            batch_programs = _batch_programs(S, BLOCK_B, unit_programs, D, chip)
+            num_warps = _num_warps(which, BLOCK_B, BLOCK_H, H, itemsize, chip, parts, crowding)
+            if unit_programs > 1 and chip.architecture == "sm_100":
+                num_warps = max(num_warps, SM_100_WARPS)
+            if num_warps > MOST_WARPS:
                 continue
             shape = (BLOCK_B, BLOCK_H, unit_programs, batch_programs, num_warps)
             tile = _resident(which, H, itemsize, chip, parts, *shape)
@@ -269,6 +289,28 @@ def candidates(
                 tile = replace(tile, max_registers=None)
             if shared_memory(tile, which, H, itemsize, parts) <= chip.shared_memory:
                 yield tile
+
+
+def _num_warps(
+    which: Pass,
+    BLOCK_B: int,
+    BLOCK_H: int,
+    H: int,
+    itemsize: int,
+    chip: Chip,
+    parts: int,
+    crowding: int,
+) -> int:
+    """Warps enough that no thread has more cells than its registers hold."""
+    cells_per_thread = crowding * CELLS_PER_THREAD * 2 // itemsize // parts
+    if H * itemsize % 16:
+        cells_per_thread //= 2
+        if which == "backward":  # it has twice as many addresses
+            cells_per_thread //= (2 if BLOCK_B > 16 else 1) * (2 if H * itemsize % 4 else 1)
+    num_warps = max(4, BLOCK_B * BLOCK_H // (max(1, cells_per_thread) * chip.warp_size))
+    if num_warps > 4 and which == "backward" and itemsize == 4 and chip.warp_size == 64:
+        num_warps *= 2  # AMD's threads have 512 registers in 4 warps, and 256 in 8
+    return num_warps
 
 
 def _resident(
