@@ -44,8 +44,8 @@ def can_run_triton(
     return reason or _tile_reason(device, dtype, hidden_size, directions)
 
 
-# A constant to torch.compile, which cannot trace it. torch.compiler.assume_constant_result sets just
-# this, and imports all of torch._dynamo.
+# A constant to torch.compile, which cannot trace it. torch.compiler.assume_constant_result sets
+# just this, and imports all of torch._dynamo.
 can_run_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
