@@ -1,10 +1,11 @@
 """The recurrence over a padded batch as it stands: dense input, and batches too small to pack.
 
-Every direction is one call of torch's oneDNN LSTM over all T * B rows, differentiated by torch
-itself. Where sequences end early the carry feature of onednn.py keeps their cell states exact,
-zeros replace the input's padding, and outputs of padded steps are zero.
+A dense batch is one call of torch's own LSTM for all layers. Where sequences end early every
+direction is one call of its oneDNN operator over all T * B rows: the carry feature of onednn.py
+keeps their cell states exact, zeros replace the input's padding, and outputs of padded steps are
+zero.
 
-torch differentiates that call's backward too, so double backward needs nothing here.
+torch differentiates these calls, and their backward too, so double backward needs nothing here.
 
 Limits: those of onednn.py. In the reverse direction padding comes first, and passes zero states
 only; with initial states of its own such a batch is packed.
@@ -32,6 +33,53 @@ def can_run_padded(rows: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def can_run_dense(
+    rows: Tensor, layout: PackedLayout, layers: Sequence[Sequence[LayerWeights]]
+) -> bool:
+    """Whether all layers can be one call of torch's LSTM: every sequence has all T steps."""
+    first = layers[0][0]
+    return (
+        layout.padding is None
+        and layout.gather is None
+        and layout.owner is None
+        and layout.rows == layout.batch_sizes.shape[0] * layout.sequences > 0
+        and first.hr is None
+        and can_run_padded(rows)
+        # oneDNN takes strided weights for contiguous ones.
+        and all(w is None or w.is_contiguous() for layer in layers for d in layer for w in d)
+    )
+
+
+def run_dense(
+    rows: Tensor,
+    layout: PackedLayout,
+    layers: Sequence[Sequence[LayerWeights]],
+    h_0: Tensor,
+    c_0: Tensor,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers by torch's own LSTM.
+
+    Args:
+        rows: ``[T * B, I]`` float32.
+        layout: for which :func:`can_run_dense`.
+        layers: the weights of each layer's directions, without projections.
+        h_0: ``[L * D, B, H]``.
+        c_0: ``[L * D, B, H]``.
+        dropout: probability that an entry of a layer's output is zeroed before the next layer.
+
+    Returns:
+        Outputs ``[T * B, D * H]``, and the final states, shaped as the initial ones.
+    """
+    x = rows.contiguous().view(-1, layout.sequences, rows.shape[1])
+    flat = [weight for layer in layers for d in layer for weight in d if weight is not None]
+    bias, directions = layers[0][0].bias_ih is not None, len(layers[0])
+    output, h_n, c_n = torch.lstm(
+        *(x, (h_0, c_0), flat, bias, len(layers), dropout, dropout > 0, directions == 2, False)
+    )
+    return output.flatten(0, 1), h_n, c_n
 
 
 def run_padded(

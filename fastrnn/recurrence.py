@@ -161,7 +161,8 @@ class OutputGradients(NamedTuple):
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast where it is on."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    known = kind == "cpu" or torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

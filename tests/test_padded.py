@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import layer
+from fastrnn import layer, stack
 from tests.oracle import (
     answer,
     as_function,
@@ -46,8 +46,13 @@ every_lengths = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def run_padded(monkeypatch):
     """Every test runs this path, and the test fails if it did not."""
-    calls, straight = [], layer.run_padded
-    monkeypatch.setattr(layer, "run_padded", lambda *args: calls.append(1) or straight(*args))
+    calls = []
+
+    def counted(function):
+        return lambda *args: calls.append(1) or function(*args)
+
+    monkeypatch.setattr(layer, "run_padded", counted(layer.run_padded))
+    monkeypatch.setattr(stack, "run_dense", counted(stack.run_dense))
     with forced("padded"):
         yield
     assert calls, "another path ran"
