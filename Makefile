@@ -22,7 +22,7 @@ PIP_INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ordinary test-interpreter check format bench clean distclean
+.PHONY: help demo test test-ordinary test-interpreter check format offline bench gpu clean distclean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,20 @@ format: $(INSTALLED_DEV) ## Format, and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(INSTALLED_DEV) ## Measure on the CPU
+offline: $(INSTALLED_DEV) ## Compile every kind of kernel for four chips, and compare with the snapshots
+	OMP_NUM_THREADS=1 $(PY) -m fastrnn_kernels.offline --jobs $(JOBS) --check kernels/offline_kinds.txt
+
+bench: $(INSTALLED_DEV) ## Measure what this machine can: the CPU, and the GPU if there is one
 	$(PY) -m bench cpu $(ARGS)
+	$(PY) -m bench clip --device cpu
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(PY) -m bench lstm && $(PY) -m bench clip --device cuda; \
+	fi
+
+OUT ?= runs/gpu
+BUDGET ?= 540
+gpu: $(INSTALLED_DEV) ## On a CUDA machine: the GPU's tests and benchmarks, within BUDGET seconds, into OUT
+	$(PY) -m bench gpu --out $(OUT) --budget $(BUDGET) $(ARGS)
 
 clean: ## Remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

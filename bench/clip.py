@@ -1,164 +1,283 @@
-"""Time `fastrnn.clip_grad_norm_` against torch's, foreach and loop: `python -m bench clip`.
+"""``python -m bench clip``: ``fastrnn.clip_grad_norm_`` against torch's and others'.
 
-Each case is one number of float32 gradients, one number of elements in all of them, one number of
-threads, clipped or not. It is verified before it is timed: equal norms and gradients, or, where
-fastrnn sums a long gradient in chunks, a norm no farther from the float64 one than torch's. The
-three sides take turns on the same gradients, in another order every round. A clipped case lowers
-its threshold at every call, so that each call has something to do and none starts from zeros.
+A case is a number of gradients, a number of elements in all of them, a dtype, clipped or not; in
+the section ``clip-and-step`` a step of fused AdamW follows. Each is verified before it is timed:
+the norm is no farther from the float64 one than torch's, and the gradients are scaled by just the
+coefficient that follows from it. The sides take turns on the same gradients, in another order every
+round. A clipped case lowers its threshold at every call, so that each call has something to do.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console, RenderableType
 from torch import Tensor
 
-from bench.timing import interleave, spread
-from fastrnn.clip import clip_grad_norm_
+from bench import devices, floors, footprint, results_file, runner, tables
+from bench.clip_cases import (
+    CPU_ELEMENTS,
+    CPU_TENSORS,
+    GPU_ELEMENTS,
+    GPU_TENSORS,
+    STEP_TENSORS,
+    TOY_ELEMENTS,
+    ClipCase,
+    make_parameters,
+    true_norm,
+)
+from bench.clip_providers import LABELS, PACKAGES, SHORT, installed
+from bench.clip_verify import verified_clips, verified_steps
+from bench.measure import Advance, guarded
+from bench.results_file import Record
+from bench.runner import NO_LIMITS, Job, Limits
+from bench.timing import interleave, speedup, spread
+from fastrnn.gradient_norms import can_run_kernel
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SIDES: dict[str, Callable[..., Tensor]] = {
-    "fastrnn": clip_grad_norm_,
-    "foreach": partial(torch.nn.utils.clip_grad_norm_, foreach=True),
-    "loop": partial(torch.nn.utils.clip_grad_norm_, foreach=False),
-}
-TENSORS = (1, 10, 100, 1000)
-ELEMENTS = (1, 1_000, 100_000, 1_000_000, 10_000_000, 50_000_000)
-SECONDS, ROUNDS = 1.0, (15, 300)  # per case: about so long, at least and at most so many rounds
+ROUNDS = (15, 300)  # at least, at most
 
 
-def run(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
-    """Measure every case.
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for.
 
-    Args:
-        device: "cpu".
-        quick: whether to leave out the largest sizes and most rounds.
+    Attributes:
+        device: of the gradients.
+        quick: small sizes and few rounds.
+        toy: a handful of tiny cases.
+        cases: regular expression that a case's id must match.
+        case_budget: seconds of timing for each case.
+    """
+
+    device: torch.device
+    quick: bool = False
+    toy: bool = False
+    cases: str = ""
+    case_budget: float = 1.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the result is the standard one."""
+        return not (self.quick or self.toy or self.cases)
+
+    @property
+    def threads(self) -> list[int]:
+        """Thread settings, one after the other."""
+        most = torch.get_num_threads()
+        return [most] if self.device.type == "cuda" or self.toy else sorted({1, most})
+
+    def select(self) -> list[ClipCase]:
+        """The cases asked for."""
+        on_gpu = self.device.type == "cuda"
+        tensors, elements = (GPU_TENSORS, GPU_ELEMENTS) if on_gpu else (CPU_TENSORS, CPU_ELEMENTS)
+        dtypes = (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,)
+        if self.quick:
+            elements = tuple(count for count in elements if count <= 1_000_000)
+        if self.toy:
+            tensors, elements = (1, 10), (TOY_ELEMENTS,)
+        cases = [
+            ClipCase(count, total, clipped, dtype)
+            for dtype in dtypes
+            for count, total in itertools.product(tensors, elements)
+            if count <= total
+            for clipped in (False, True)
+        ]
+        cases += [
+            ClipCase(count, total, clipped, step=True)
+            for count, total in itertools.product(STEP_TENSORS, elements[-2:])
+            for clipped in (False, True)
+            if count <= total
+        ]
+        return [case for case in cases if re.search(self.cases, case.id)]
+
+
+def run(
+    options: Options,
+    path: Path,
+    console: Console,
+    limits: Limits = NO_LIMITS,
+    resume: bool = False,
+) -> int:
+    """Measure, print the table, write the results.
 
     Returns:
-        One row per case: `tensors`, `elements`, `threads`, `clipped`, `rounds`; for each side its
-        median and 20th and 80th percentile in microseconds (`fastrnn_us`, `fastrnn_p20_us`, ...)
-        and the relative error of its norm (`fastrnn_error`); and the ratio of torch's median to
-        fastrnn's (`foreach_ratio`, `loop_ratio`; above one fastrnn is faster).
+        The exit status, see :func:`bench.runner.run`; 2 where there is nothing to measure.
+
+    Raises:
+        ValueError: ``resume`` and the file there cannot be gone on with.
     """
-    if device != "cpu":
-        raise ValueError(f"the clip benchmark runs on 'cpu', got {device!r}")
-    elements = ELEMENTS[:4] if quick else ELEMENTS
+    cases = options.select()
+    if not cases:
+        console.print(f"no case matches {options.cases!r}")
+        return 2
+    flags = {
+        "device": options.device.type,
+        "quick": options.quick,
+        "toy": options.toy,
+        "cases": options.cases,
+        "case_budget": options.case_budget,
+    }
+    record = results_file.new_record("clip", flags, options.device) | {
+        "not_installed": [LABELS[name] for name in PACKAGES if not installed(name)]
+    }
+    if resume:
+        record = results_file.resumed(record, path)
+    console.print(tables.heading(record))
     before = torch.get_num_threads()
-    rows = []
     try:
-        for threads in sorted({1, before}):
-            torch.set_num_threads(threads)
-            for count, total in itertools.product(TENSORS, elements):
-                if count <= total:
-                    parameters = _parameters(count, total)
-                    for clipped in (False, True):
-                        row = {"tensors": count, "elements": total, "threads": threads}
-                        row |= {"clipped": clipped, **_verify(parameters, clipped)}
-                        rows.append(row | _time(parameters, clipped, quick))
+        jobs = [_job(case, threads, options) for threads in options.threads for case in cases]
+        status = runner.run(jobs, record, path, console, table=table, limits=limits)
     finally:
         torch.set_num_threads(before)
-    return rows
+    record["complete"] = options.complete and status == 0 and not record["left_out"]
+    results_file.save(record, path)
+    for case in record["cases"]:
+        if case["status"] == "failed":
+            console.print(f"[red]failed[/] {case['id']}: {case['error']}")
+        if "fell_back" in case:
+            console.print(f"[yellow]without the kernel[/] {case['id']}: {case['fell_back']}")
+    console.print(f"results: {path}")
+    return status
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Render the rows: medians in microseconds with the 20th to 80th percentile, and the ratios."""
-    from rich.table import Table
-
-    rendered = Table(title="clip_grad_norm_: median (p20-p80) in µs; torch / fastrnn")
-    for heading in ("threads", "tensors", "elements", "clipped", *SIDES, "foreach ×", "loop ×"):
-        rendered.add_column(heading, justify="right")
-    for row in rows:
-        times = [
-            f"{row[f'{side}_us']:,.1f} ({row[f'{side}_p20_us']:,.1f}-{row[f'{side}_p80_us']:,.1f})"
-            for side in SIDES
-        ]
-        ratios = [
-            f"[{'green' if row[key] >= 1 else 'red'}]{row[key]:.2f}"
-            for key in ("foreach_ratio", "loop_ratio")
-        ]
-        rendered.add_row(
-            str(row["threads"]),
-            str(row["tensors"]),
-            f"{row['elements']:,}",
-            "yes" if row["clipped"] else "no",
-            *times,
-            *ratios,
-        )
-    return rendered
-
-
-def _parameters(count: int, total: int) -> list[Tensor]:
-    parameters = [torch.empty(total // count, requires_grad=True) for _ in range(count)]
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    return parameters
-
-
-def _norm(parameters: list[Tensor]) -> float:
-    """Return the norm in float64."""
-    return math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters))
-
-
-def _verify(parameters: list[Tensor], clipped: bool) -> dict[str, float]:
-    """Compare all sides' norms and gradients; return their norms' relative errors."""
-    truth = _norm(parameters)
-    max_norm = truth * (0.5 if clipped else 2.0)
-    originals = [p.grad for p in parameters]
-    errors = {}
-    for side, function in SIDES.items():
-        for p, original in zip(parameters, originals):
-            p.grad = original.clone()
-        norm = function(parameters, max_norm)
-        errors[f"{side}_error"] = abs(norm.item() - truth) / truth
-        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for p, original in zip(parameters, originals):
-            if not torch.equal(p.grad, original * coefficient):
-                raise AssertionError(f"{side}: gradients of {p.shape} differ, {clipped=}")
-    for p, original in zip(parameters, originals):
-        p.grad = original
-    if errors["fastrnn_error"] > errors["foreach_error"] + 2 * torch.finfo(torch.float32).eps:
-        raise AssertionError(f"the norm is less accurate than torch's: {errors}")
-    return errors
-
-
-def _time(parameters: list[Tensor], clipped: bool, quick: bool) -> dict[str, Any]:
-    """Time the sides in turns, on the same gradients."""
-    threshold = _norm(parameters) * (1.0 if clipped else 4.0)
-
-    def lower(_: list[Tensor]) -> None:
-        nonlocal threshold
-        threshold *= 0.999 if clipped else 1.0
-
-    calls = {
-        side: lambda grads, function=function: function(grads, threshold)
-        for side, function in SIDES.items()
+def _job(case: ClipCase, threads: int, options: Options) -> Job:
+    base = {
+        "id": case.id,
+        "section": case.section,
+        "tensors": case.tensors,
+        "elements": case.elements,
+        "dtype": case.dtype_name,
+        "clipped": case.clipped,
+        "device": options.device.type,
+        "threads": threads,
+        "status": "ok",
     }
-    samples: dict[str, list[float]] = {}
-    for seconds, least, most in (
-        (0.0, 2, 2),
-        (0.0 if quick else SECONDS, *ROUNDS),
-    ):  # warm up, time
+
+    def fill(record: Record, advance: Advance) -> None:
+        torch.set_num_threads(threads)
+        _fill(record, case, options, advance)
+
+    expected = (0.1 if options.quick or options.toy else options.case_budget) + 1e-8 * case.elements
+    return Job(
+        base,
+        (case.section, threads),
+        expected,
+        lambda advance: guarded(dict(base), lambda record: fill(record, advance)),
+    )
+
+
+def _fill(record: Record, case: ClipCase, options: Options, advance: Advance) -> None:
+    device = options.device
+    parameters = make_parameters(case, device)
+    max_norm = true_norm(parameters) * (0.5 if case.clipped else 4.0)
+    if case.step:
+        sides = verified_steps(record, parameters, max_norm)
+    else:
+        sides = verified_clips(record, parameters, max_norm)
+    threshold = max_norm
+
+    def before_each(_: object) -> None:
+        nonlocal threshold
+        if case.clipped and case.step:  # its threshold is fixed: double what was halved
+            torch._foreach_mul_([parameter.grad for parameter in parameters], 2.0)
+        elif case.clipped:
+            threshold *= 0.999
+
+    calls = {name: lambda given, side=side: side(given, threshold) for name, side in sides.items()}
+    budget = 0.0 if options.quick or options.toy else options.case_budget
+    samples: dict[str, Any] = {}
+    for seconds, least, most in ((0.0, 2, 2), (budget, *ROUNDS)):  # warm up, time
         samples = interleave(
             calls,
             lambda _: parameters,
-            lower,
+            before_each,
             budget=seconds,
-            min_rounds=least,
+            min_rounds=2 if options.toy else least,
             max_rounds=most,
+            wait=devices.waiting(device),
         )
-    row: dict[str, Any] = {"rounds": len(samples["fastrnn"])}
-    for side, values in samples.items():
-        times = spread(values)
-        row |= {f"{side}_us": times.median * 1e6}
-        row |= {f"{side}_p20_us": times.p20 * 1e6, f"{side}_p80_us": times.p80 * 1e6}
-    for side in ("foreach", "loop"):
-        row[f"{side}_ratio"] = row[f"{side}_us"] / row["fastrnn_us"]
-    return row
+    advance(1.0)
+    ours = samples["fastrnn"].seconds
+    record["rounds"] = len(ours)
+    record["providers"] = {
+        name: {
+            "seconds": spread(sample.seconds)._asdict(),
+            "host_seconds": spread(sample.host)._asdict(),
+        }
+        for name, sample in samples.items()
+    }
+    record["ratios"] = {
+        name: speedup(sample.seconds, ours)._asdict()
+        for name, sample in samples.items()
+        if name != "fastrnn"
+    }
+    if device.type == "cuda":
+        _add_gpu(record, case, calls, parameters, before_each, device)
+
+
+def _add_gpu(
+    record: Record,
+    case: ClipCase,
+    calls: dict[str, Any],
+    parameters: list[Tensor],
+    before_each: Any,
+    device: torch.device,
+) -> None:
+    """Kernel launches, whether fastrnn's ran, and the floor of what must be read and written."""
+    for name, call in calls.items():
+        before_each(None)
+        count = footprint.launches(lambda call=call: call(parameters), device)  # type: ignore[misc]
+        record["providers"][name]["launches"] = count
+    reason = can_run_kernel([parameter.grad for parameter in parameters], 2.0)
+    if reason is not None:
+        record["fell_back"] = reason
+    model = floors.modelled(torch.cuda.get_device_name(device))
+    if model is None or case.step:
+        return
+    floors.add(record, clip_floor(case, model))
+
+
+def clip_floor(case: ClipCase, gpu: str) -> Record:
+    """The least that the bytes take which have to be moved."""
+    from bench.roofline import clip_floor as floor
+
+    found = floor(case.elements * case.dtype.itemsize, gpu)
+    microseconds = found.clipped_us if case.clipped else found.unclipped_us
+    return {"gpu": gpu, "microseconds": microseconds, "limits": ["memory"]}
+
+
+def table(cases: list[Record]) -> RenderableType:
+    """Medians with their spread, and the ratios."""
+    measured = [case for case in cases if case["status"] == "ok"]
+    names = [name for name in LABELS if any(name in case["providers"] for case in measured)]
+    rivals = [name for name in names if name != "fastrnn"]
+    title = "clip, then a step of fused AdamW" if cases[0]["section"] == "clip-and-step" else "clip"
+    rendered = tables.plain_table(
+        f"{title} · {tables.setting(cases[0])}",
+        "median, and half the distance from the 20th to the 80th percentile",
+    )
+    for heading in ("tensors", "elements", "dtype", "clipped"):
+        rendered.add_column(heading, justify="right", no_wrap=True)
+    for name in names:
+        rendered.add_column(SHORT[name], justify="right", no_wrap=True)
+    for name in rivals:
+        rendered.add_column(f"÷ {SHORT[name]}", justify="right", no_wrap=True)
+    for case in cases:
+        row: list[RenderableType] = [
+            str(case["tensors"]),
+            f"{case['elements']:,}",
+            case["dtype"],
+            "yes" if case["clipped"] else "no",
+        ]
+        if case["status"] == "failed":
+            rendered.add_row(*row, tables.failed())
+            continue
+        row += [tables.spread_cell(case["providers"].get(name)) for name in names]
+        row += [tables.ratio_cell(case["ratios"].get(name)) for name in rivals]
+        rendered.add_row(*row)
+    return rendered

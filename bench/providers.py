@@ -1,4 +1,4 @@
-"""Who is measured: fastrnn, and nn.LSTM in each of the ways that its users run it.
+"""Who is measured: fastrnn, nn.LSTM in each of the ways that its users run it, and rivals.
 
 A provider maps a :class:`~bench.workloads.Batch` to the padded output ``[B, T, D * H]`` and ``h_n``
 ``[L * D, B, H]``. All are batch-first, and hold the same weights.
@@ -6,13 +6,16 @@ A provider maps a :class:`~bench.workloads.Batch` to the padded output ``[B, T, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from bench import rivals
 from bench.workloads import Batch, Case
 
 Outputs = tuple[Tensor, Tensor]
@@ -67,14 +70,61 @@ FORWARDS: dict[str, Forward] = {
     "padded": _padded,
     "lstm-loop": _lstm_loop,
     "cell-loop": _cell_loop,
+    "compiled": _padded,
+    "flashrnn": rivals.flashrnn,
+    "torchrl": rivals.torchrl,
 }
+# How fastrnn's own are made; "reference" is the step loop in PyTorch, on any device.
+BACKENDS: dict[str, Literal["auto", "reference"]] = {"fastrnn": "auto", "reference": "reference"}
+FORWARDS |= dict.fromkeys(BACKENDS, _fastrnn)
 LABELS = {
     "fastrnn": "fastrnn",
+    "reference": "fastrnn, backend=reference",
     "packed": "nn.LSTM packed",
     "padded": "nn.LSTM padded",
     "lstm-loop": "nn.LSTM step by step",
     "cell-loop": "nn.LSTMCell step by step",
+    "compiled": "torch.compile(nn.LSTM) padded",
+    "flashrnn": "FlashRNN padded",
+    "torchrl": "TorchRL's Triton LSTM padded",
 }
+# torch.compile makes a node of every operation of every step: 178 for 6 steps of one layer.
+UNROLLED_STEPS = 64
+
+
+def cannot_run(name: str, case: Case, device: torch.device) -> str | None:
+    """Why a provider has no figure for a case; None where it should.
+
+    What only a run can tell (a dtype that the processor lacks, too little memory) is not asked.
+    """
+    if name in rivals.PACKAGES:
+        if not rivals.installed(name):
+            return "not installed"
+        return rivals.cannot_run(name, case, device)
+    if name == "compiled":
+        steps = unrolled_steps(case)
+        if device.type != "cuda":
+            return "not measured on the CPU, where compiling takes minutes"
+        if steps > UNROLLED_STEPS:
+            return f"unrolls {steps} steps; measured up to {UNROLLED_STEPS}"
+    return None
+
+
+def unrolled_steps(case: Case) -> int:
+    """Steps that have to be taken one after another, of all layers and directions."""
+    return case.shape.steps * case.num_layers * (2 if case.bidirectional else 1)
+
+
+def reference_of(case: Case) -> str:
+    """The way to run nn.LSTM that has this case's right results."""
+    if case.resets:
+        return "lstm-loop"
+    return "padded" if case.lengths == "full" else "packed"
+
+
+def is_checked(name: str, case: Case) -> bool:
+    """Whether its results must be the reference's: not where it also computes the padding."""
+    return name in BACKENDS or case.lengths == "full"
 
 
 class Provider:
@@ -84,9 +134,16 @@ class Provider:
         name: of :data:`FORWARDS`.
         case: what it is for.
         dtype: of the parameters. Default: the case's.
+        device: of the parameters. Default: the CPU.
     """
 
-    def __init__(self, name: str, case: Case, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        case: Case,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         shape = case.shape
         sizes = (shape.input_size, shape.hidden_size)
         torch.manual_seed(0)
@@ -94,12 +151,20 @@ class Provider:
         if name == "cell-loop":
             module: nn.Module = nn.LSTMCell(*sizes)
         else:
-            kind = fastrnn.LSTM if name == "fastrnn" else nn.LSTM
+            kind = (
+                functools.partial(fastrnn.LSTM, backend=BACKENDS[name])
+                if name in BACKENDS
+                else nn.LSTM
+            )
             module = kind(
                 *sizes, case.num_layers, batch_first=True, bidirectional=case.bidirectional
             )
         # Rounded first: a reference in a wider dtype has the values that the case's dtype can hold.
-        self.module = module.to(case.dtype).to(dtype or case.dtype).train(case.training)
+        module = module.to(case.dtype).to(device, dtype or case.dtype)
+        self.module = module.train(case.training)
+        if name == "compiled":
+            torch._dynamo.config.allow_rnn = True
+            self.module.compile()
         self.training = case.training
         self._forward = FORWARDS[name]
 
@@ -128,25 +193,3 @@ class Provider:
                 # LSTMCell's names have no layer.
                 results[f"d_{name}" if "_l" in name else f"d_{name}_l0"] = parameter.grad
         return results
-
-
-# Largest error of a tensor over its largest magnitude. Both sides round: in float32 they differ by
-# 1e-6 or so. bfloat16, whose outputs and gradients have 8 bits, is compared with float32.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
-
-
-def reference_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def worst_error(results: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[str, float]:
-    """The tensor that is furthest off, and by how much of its largest magnitude; inf for NaN."""
-    errors = {}
-    for name, expected in reference.items():
-        got = results[name].to(expected.dtype)
-        if got.shape != expected.shape:
-            return name, float("inf")
-        scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-        error = float((got - expected).abs().max() / scale)
-        errors[name] = float("inf") if error != error else error
-    return max(errors.items(), key=lambda item: item[1])

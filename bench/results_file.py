@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fastrnn
+from bench import devices
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -77,12 +78,70 @@ def _revision() -> str | None:
     return run.stdout.strip() or None if run.returncode == 0 else None
 
 
-def default_path(kind: str, complete: bool) -> Path:
+def default_path(kind: str, complete: bool, device: torch.device | None = None) -> Path:
     """Where a run writes unless told: a complete one where ``report`` looks, others elsewhere."""
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", cpu_model().lower())).strip("-")
     if not complete:
         return Path("runs") / f"bench-{kind}.json"
-    return RESULTS / f"{kind}-{slug}-{cpu_count()}cpus-{datetime.date.today().isoformat()}.json"
+    return RESULTS / file_name(kind, device)
+
+
+def file_name(kind: str, device: torch.device | None = None) -> str:
+    """Of a result: its kind, the machine and the day."""
+    if device is not None and device.type == "cuda":
+        machine = _slug(torch.cuda.get_device_name(device))
+    else:
+        machine = f"{_slug(cpu_model())}-{cpu_count()}cpus"
+    return f"{kind}-{machine}-{datetime.date.today().isoformat()}.json"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def new_record(kind: str, flags: Record, device: torch.device) -> Record:
+    """A result to which cases are added."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "complete": False,
+        "environment": environment() | {"gpu": devices.describe(device)},
+        "flags": flags,
+        "cases": [],
+    }
+
+
+# What a run and the one that it goes on from must have in common.
+_SAME = ("fastrnn", "revision", "torch", "python", "system", "cpu", "cpus")
+
+
+def resumed(record: Record, path: Path) -> Record:
+    """The result in ``path`` to go on with, if it was begun as ``record`` is; else ``record``.
+
+    Raises:
+        ValueError: it is of another kind, other flags, versions or device: it cannot be gone on
+            with, and would be overwritten.
+    """
+    if not path.exists():
+        return record
+    earlier = load(path)
+    pairs: list[tuple[str, Any, Any]] = [
+        (name, earlier[name], record[name]) for name in ("kind", "flags")
+    ]
+    before, now = earlier["environment"], record["environment"]
+    pairs += [(name, before.get(name), now[name]) for name in _SAME]
+    pairs.append(("GPU", _gpu_name(before), _gpu_name(now)))
+    for name, was, is_now in pairs:
+        if was != is_now:
+            raise ValueError(
+                f"{path} cannot be gone on with: its {name} was {was}, and is {is_now} now; "
+                "give another --out, or leave out --resume to overwrite it"
+            )
+    return earlier
+
+
+def _gpu_name(environment: Record) -> str | None:
+    gpu = environment.get("gpu")
+    return gpu["name"] if gpu else None
 
 
 def save(record: Record, path: Path) -> None:

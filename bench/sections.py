@@ -33,75 +33,101 @@ class Section(NamedTuple):
     """One table.
 
     Attributes:
-        providers: who is measured.
-        reference: the provider whose results are right.
-        checked: the providers whose results must equal the reference's.
+        providers: who is measured; of those of ``python -m bench lstm``, who always is.
     """
 
     title: str
     note: str
     providers: tuple[str, ...]
-    reference: str
     targets: tuple[Target, ...]
-    checked: tuple[str, ...] = ("fastrnn",)
 
 
 MEMORY_RESOLUTION = 2**20  # bytes; what one measurement may be off by
 RAGGED = ("fastrnn", "packed", "padded")
 LOOPS = ("lstm-loop", "cell-loop")
 
-SECTIONS = {
+CPU_SECTIONS = {
     "ragged-training": Section(
         "Ragged batches, training step",
         "forward, and backward from gradients of output and h_n; packing and unpacking included",
         RAGGED,
-        "packed",
         (Target(("packed",), mean=4.0, worst=2.0), Target(("padded",), mean=1.0, worst=0.75)),
     ),
     "ragged-inference": Section(
         "Ragged batches, inference",
         "forward without gradients; packing and unpacking included",
         RAGGED,
-        "packed",
         (Target(("packed",), mean=1.3, worst=0.95), Target(("padded",))),
     ),
     "dense": Section(
         "Dense batches, every sequence of full length",
         "no lengths given",
         ("fastrnn", "padded"),
-        "padded",
         (Target(("padded",), worst=0.97),),
     ),
     "variants": Section(
         "Other dtypes, layers and directions",
         "ragged batches, as above",
         RAGGED,
-        "packed",
         (Target(("packed",)), Target(("padded",))),
     ),
     "resets": Section(
         "Resets inside sequences",
         "full length; state zeroed before a step with probability 0.05; against the usual loops",
         ("fastrnn", *LOOPS),
-        "lstm-loop",
         (Target(LOOPS, worst=5.0, mode="training"), Target(LOOPS, mode="inference")),
-        checked=("fastrnn", "cell-loop"),
     ),
     "memory": Section(
         "Peak memory of a training step, ragged batches",
         "beyond module and batch, in a new process each; equal within 1 MiB, the method's scatter",
         RAGGED,
-        "packed",
         (Target(("packed",), worst=1.0), Target(("padded",))),
-        checked=(),
     ),
 }
+_DENSE = ("fastrnn", "padded")
+LSTM_SECTIONS = {
+    "life": Section(
+        "Workloads from life",
+        "as users of nn.LSTM run them; with resets, against the usual loops",
+        ("fastrnn",),
+        (Target(("packed",)), Target(("padded",)), Target(LOOPS)),
+    ),
+    "raggedness": Section(
+        "From no padding to nine tenths",
+        "training step; packing and unpacking included",
+        RAGGED,
+        (Target(("packed",), worst=4.0), Target(("padded",))),
+    ),
+    "open-field": Section(
+        "Where cuDNN has no persistent algorithm",
+        "dense, 192 < H <= 1024, bfloat16 and float32, training step",
+        _DENSE,
+        (Target(("padded",), worst=2.0),),
+    ),
+    "hard-ground": Section(
+        "Where it has one",
+        "dense, H <= 128, and float16, training step",
+        _DENSE,
+        (Target(("padded",), worst=1.0),),
+    ),
+    "large": Section(
+        "Large layers", "dense, H > 1024, training step", _DENSE, (Target(("padded",)),)
+    ),
+    "batch-and-time": Section(
+        "Other batches and lengths", "dense, training step", _DENSE, (Target(("padded",)),)
+    ),
+}
+SECTIONS = CPU_SECTIONS | LSTM_SECTIONS
 SHORT = {
     "fastrnn": "fastrnn",
+    "reference": "step loop",
     "packed": "packed",
     "padded": "padded",
     "lstm-loop": "LSTM loop",
     "cell-loop": "cell loop",
+    "compiled": "compiled",
+    "flashrnn": "FlashRNN",
+    "torchrl": "TorchRL",
 }
 
 
@@ -113,6 +139,11 @@ def kind(case: Record) -> str:
     """What else tells the cases of a section apart."""
     if case["section"] in ("ragged-training", "ragged-inference", "memory"):
         return str(case["lengths"])
+    if case["section"] == "raggedness":
+        return f"{case['dtype']} {case['lengths'].replace('-', ' ')}"
+    if case["section"] in LSTM_SECTIONS:
+        named = f"{case['workload']} " if "workload" in case else ""
+        return f"{named}{case['dtype']} {case['mode']}"
     variant = case["variant"].replace("-", " ").replace("layers", " layers")
     return f"{variant} {case['mode']}".strip()
 
@@ -182,6 +213,12 @@ SUBJECTS = {
     "variants": "other variants",
     "resets": "resets",
     "memory": "peak memory",
+    "life": "workloads",
+    "raggedness": "raggedness",
+    "open-field": "open field",
+    "hard-ground": "hard ground",
+    "large": "large layers",
+    "batch-and-time": "batch and time",
 }
 
 

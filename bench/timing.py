@@ -2,7 +2,7 @@
 
 Every round runs each provider once on one batch. The order rotates from round to round, and turns
 round after each full rotation, so no provider always follows the same other. Whatever else the
-machine does meanwhile then falls on all of them.
+machine does meanwhile then falls on all of them. A GPU is waited for before and after each run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ class Spread(NamedTuple):
     median: float
     p20: float
     p80: float
+
+
+class Samples(NamedTuple):
+    """Seconds of one provider in each round.
+
+    Attributes:
+        seconds: until the work was done.
+        host: until the call returned; on a GPU, work may go on after it.
+    """
+
+    seconds: list[float]
+    host: list[float]
 
 
 def spread(samples: Sequence[float]) -> Spread:
@@ -70,7 +82,8 @@ def interleave(
     max_rounds: int,
     on_round: Callable[[float], None] = lambda seconds: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, Samples]:
     """Seconds of each provider in each round; all are warm already.
 
     Args:
@@ -82,11 +95,12 @@ def interleave(
         max_rounds: not exceeded.
         on_round: told the seconds that each round took, all in all.
         clock: in seconds.
+        wait: returns when the device has done all that was asked of it; the CPU has by then.
 
     Returns:
         As many samples for each provider as there were rounds.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples = {name: Samples([], []) for name in runs}
     elapsed = 0.0
     collecting = gc.isenabled()
     gc.collect()
@@ -97,9 +111,13 @@ def interleave(
             batch = batch_of(index)
             for name in rotated(list(runs), index):
                 prepare(batch)
+                wait()
                 begin = clock()
                 runs[name](batch)
-                samples[name].append(clock() - begin)
+                returned = clock()
+                wait()
+                samples[name].seconds.append(clock() - begin)
+                samples[name].host.append(returned - begin)
             took = clock() - started
             elapsed += took
             on_round(took)

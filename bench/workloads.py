@@ -45,10 +45,15 @@ RESET_PROBABILITY = 0.05
 LOGNORMAL_MEDIAN = 1 / 3  # of T
 LOGNORMAL_SIGMA = 0.6
 
+# Part of the padded batch that is padding, in the mean, where lengths are drawn for it.
+PADDING = {f"padding-{percent}": percent / 100 for percent in (10, 25, 50, 75, 90)}
 DISTRIBUTIONS = {
     "uniform": "uniform in [T/10, T]",
     "lognormal": f"lognormal, median T/3, sigma {LOGNORMAL_SIGMA}, at most T",
     "full": "every sequence has T steps",
+} | {
+    name: f"T u^(p / (1 - p)), u uniform in [0, 1], p = {part}: {part:.0%} are padding in the mean"
+    for name, part in PADDING.items()
 }
 
 
@@ -64,6 +69,10 @@ def draw_lengths(shape: Shape, distribution: str, generator: torch.Generator) ->
         normal = torch.randn(shape.batch, generator=generator)
         median = math.log(LOGNORMAL_MEDIAN * steps)
         lengths = (median + LOGNORMAL_SIGMA * normal).exp().round().long().clamp(1, steps)
+    elif distribution in PADDING:
+        part = PADDING[distribution]
+        uniform = torch.rand(shape.batch, generator=generator)
+        lengths = (steps * uniform ** (part / (1 - part))).round().long().clamp(1, steps)
     else:
         raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}")
     lengths[lengths.argmax()] = steps
@@ -76,6 +85,7 @@ class Case:
 
     Attributes:
         section: the table.
+        workload: its name, where it is from life.
         lengths: a name of :data:`DISTRIBUTIONS`.
         training: forward and backward, or forward without gradients.
         resets: the state is zeroed before a step with :data:`RESET_PROBABILITY`.
@@ -89,6 +99,7 @@ class Case:
     num_layers: int = 1
     bidirectional: bool = False
     resets: bool = False
+    workload: str = ""
 
     @property
     def dtype_name(self) -> str:
@@ -110,7 +121,7 @@ class Case:
     def name(self) -> str:
         """Unique within the section."""
         lengths = "resets" if self.resets else self.lengths
-        parts = [str(self.shape), lengths, self.variant, self.mode]
+        parts = [self.workload, str(self.shape), lengths, self.variant, self.mode]
         return "-".join(part for part in parts if part)
 
     @property
@@ -124,7 +135,7 @@ class Batch:
 
     Attributes:
         x: ``[B, T, I]``, zero behind each sequence's end; requires a gradient, as inside a model.
-        lengths: ``[B]`` int64 on the CPU.
+        lengths: ``[B]`` int64; on the CPU, where a collate function leaves them.
         resets: bool ``[B, T]``, or None.
         d_output: ``[B, T, D * H]``, zero where the output is padding: a loss counts valid steps.
         d_h_n: ``[L * D, B, H]``.
@@ -150,14 +161,17 @@ class Batch:
 class Batches:
     """The batches of a case; the same index gives the same batch in every run and process."""
 
-    def __init__(self, case: Case, repeat: int = 0) -> None:
+    def __init__(
+        self, case: Case, repeat: int = 0, device: torch.device | str | None = None
+    ) -> None:
         """Fix what all batches share.
 
         Args:
             case: what to draw for.
             repeat: rotate among this many batches; 0 for a new one each time.
+            device: of the batches, but for their lengths. Default: the CPU.
         """
-        self.case, self.repeat = case, repeat
+        self.case, self.repeat, self.device = case, repeat, torch.device(device or "cpu")
         shape, generator = case.shape, torch.Generator().manual_seed(0)
         directions = 2 if case.bidirectional else 1
         sizes = (
@@ -165,7 +179,7 @@ class Batches:
             (shape.batch, shape.steps, directions * shape.hidden_size),
             (case.num_layers * directions, shape.batch, shape.hidden_size),
         )
-        self._values = [torch.randn(size, generator=generator) for size in sizes]
+        self._values = [torch.randn(size, generator=generator).to(self.device) for size in sizes]
 
     def __getitem__(self, index: int) -> Batch:
         case = self.case
@@ -173,10 +187,11 @@ class Batches:
         generator = torch.Generator().manual_seed(seed)
         lengths = draw_lengths(case.shape, case.lengths, generator)
         valid = (torch.arange(case.shape.steps) < lengths.unsqueeze(1)).unsqueeze(2)
+        valid = valid.to(self.device)
         resets = None
         if case.resets:
             chance = torch.rand(case.shape.batch, case.shape.steps, generator=generator)
-            resets = chance < RESET_PROBABILITY
+            resets = (chance < RESET_PROBABILITY).to(self.device)
         x, d_output, d_h_n = self._values
         x, d_output = ((tensor * valid).to(case.dtype) for tensor in (x, d_output))
         x.requires_grad_(case.training)

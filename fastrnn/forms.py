@@ -52,7 +52,9 @@ class Padded:
 
     def layout(self) -> PackedLayout:
         """The layout where nothing says that a step is invalid."""
-        return dense_layout(self.steps, self.batch)
+        # In a graph of a GPU's operations a tensor on the host would keep CUDA graphs out.
+        device = self.device if torch.compiler.is_compiling() else "cpu"
+        return dense_layout(self.steps, self.batch, device)
 
     def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
         """Where a step of a batch element stands in the flattened input."""

@@ -10,17 +10,18 @@ product over all rows::
 Nothing here waits for the device: sizes of steps are read by the kernels, and rows that a bounded
 layout does not use come out as zero.
 
-float32 products inside the kernels follow torch's switch for cuDNN's RNNs
-(``torch.backends.cudnn.rnn.fp32_precision``, ``torch.backends.cudnn.allow_tf32``): TF32, or three
-of them for full precision. The products here are torch's and follow ``torch.backends.cuda.matmul``.
+float32 products, inside the kernels and around them, follow torch's switch for cuDNN's RNNs
+(``torch.backends.cudnn.rnn.fp32_precision``, ``torch.backends.cudnn.allow_tf32``), as nn.LSTM's do:
+TF32, or full precision.
 
 Limits: those of the kernels (see :func:`fastrnn.backends.can_run_triton`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -85,6 +86,27 @@ def input_precision() -> Literal["tf32", "tf32x3"]:
     """How torch's switches want float32 products in an RNN: TF32, or as exact as float32."""
     rnn: Any = torch.backends.cudnn.rnn
     return "tf32" if rnn.fp32_precision == "tf32" else "tf32x3"
+
+
+@contextlib.contextmanager
+def products_of(precision: str, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let torch's products of float32 on a GPU have the RNN's precision, and not their own.
+
+    torch has no switch for a single product: while this lasts, which is while some are launched,
+    it holds for products that other threads launch too.
+    """
+    matmul = torch.backends.cuda.matmul
+    tf32 = precision == "tf32"
+    if device.type != "cuda" or dtype != torch.float32 or matmul.allow_tf32 == tf32:
+        yield
+        return
+    switch = matmul.fp32_precision
+    matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = not tf32
+        matmul.fp32_precision = switch  # the older switch may have turned "none" into "ieee"
 
 
 def step_offsets(batch_sizes: Tensor) -> Tensor:
@@ -159,17 +181,20 @@ def fused_forward(
     from fastrnn_kernels.launch import CannotLaunch
     from fastrnn_kernels.lstm_forward import lstm_forward
 
+    precision = input_precision()
     batch_sizes = batch_sizes.to(rows.device, non_blocking=True)
     weights = _stack(call.unflatten(flat))
     keep: Literal["gates", "cells", "nothing"] = "nothing"
     if save or call.cell_states:
         keep = "gates" if save and call.memory == "save" else "cells"
+    with products_of(precision, rows.device, rows.dtype):
+        gates_x = _project(rows, weights)
     try:
         result = lstm_forward(
-            *(_project(rows, weights), weights.hh, h_0.contiguous(), c_0.contiguous()),
+            *(gates_x, weights.hh, h_0.contiguous(), c_0.contiguous()),
             *(batch_sizes, step_offsets(batch_sizes)),
             save=keep,
-            input_precision=input_precision(),
+            input_precision=precision,
         )
     except CannotLaunch as error:
         call.refused(error)
@@ -212,6 +237,7 @@ def fused_backward(
     from fastrnn_kernels.launch import CannotLaunch
     from fastrnn_kernels.lstm_backward import lstm_backward
 
+    precision = input_precision()
     batch_sizes = batch_sizes.to(rows.device, non_blocking=True)
     offsets = step_offsets(batch_sizes)
     weights = _stack(call.unflatten(flat))
@@ -227,7 +253,8 @@ def fused_backward(
         previous = _previous_states(outputs, initial_h, batch_sizes, offsets)
     if gates is None:
         assert previous is not None
-        gates = _gates_again(rows, weights, previous)
+        with products_of(precision, rows.device, rows.dtype):
+            gates = _gates_again(rows, weights, previous)
     try:
         d_gates, d_h_0, d_c_0 = lstm_backward(
             d_h=_given(grads.h, outputs),
@@ -240,24 +267,25 @@ def fused_backward(
             batch_sizes=batch_sizes,
             offsets=offsets,
             d_c=None if grads.c is None else _given(grads.c, c),
-            input_precision=input_precision(),
+            input_precision=precision,
         )
     except CannotLaunch as error:
         call.refused(error)
         inputs = (rows, h_0, c_0, flat, h, States(c, None, None), needs)
         return steps_backward(call.steps(batch_sizes), grads, *inputs)
-    found: list[Tensor | None] = [
-        d_gates.flatten(1) @ weights.ih if needs_rows else None,
-        d_h_0 if needs_h_0 else None,
-        d_c_0 if needs_c_0 else None,
-    ]
-    for index in range(directions):
-        needs_ih, needs_hh, *needs_bias = needs_flat[index * each : (index + 1) * each]
-        own = d_gates[:, index]
-        found.append(own.t() @ rows if needs_ih else None)
-        found.append(own.t() @ previous[index] if needs_hh and previous is not None else None)
-        if needs_bias:
-            found += twin_gradients(own.sum(0) if any(needs_bias) else None, *needs_bias)
+    with products_of(precision, rows.device, rows.dtype):
+        found: list[Tensor | None] = [
+            d_gates.flatten(1) @ weights.ih if needs_rows else None,
+            d_h_0 if needs_h_0 else None,
+            d_c_0 if needs_c_0 else None,
+        ]
+        for index in range(directions):
+            needs_ih, needs_hh, *needs_bias = needs_flat[index * each : (index + 1) * each]
+            own = d_gates[:, index]
+            found.append(own.t() @ rows if needs_ih else None)
+            found.append(own.t() @ previous[index] if needs_hh and previous is not None else None)
+            if needs_bias:
+                found += twin_gradients(own.sum(0) if any(needs_bias) else None, *needs_bias)
     return found
 
 

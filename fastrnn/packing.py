@@ -118,11 +118,16 @@ class _Segments(NamedTuple):
     keeps_initial: Tensor
 
 
-def dense_layout(steps: int, batch: int) -> PackedLayout:
-    """The layout of a padded batch in which every sequence has all T steps."""
-    return PackedLayout(
-        steps * batch, batch, torch.full((steps,), batch, dtype=torch.int64, device="cpu")
-    )
+def dense_layout(steps: int, batch: int, device: torch.device | str = "cpu") -> PackedLayout:
+    """The layout of a padded batch in which every sequence has all T steps.
+
+    Args:
+        steps: T.
+        batch: B.
+        device: of ``batch_sizes``. Default: the host.
+    """
+    sizes = torch.full((steps,), batch, dtype=torch.int64, device=device)
+    return PackedLayout(steps * batch, batch, sizes)
 
 
 def padded_layout(steps: int, batch: int, lengths: Tensor) -> PackedLayout:

@@ -568,3 +568,40 @@ def test_double_backward_where_no_sequence_has_a_step():
     assert torch.equal(d_h_0, 2 * h_0)
     (d_d_h_0,) = torch.autograd.grad(d_h_0.sum(), h_0)
     assert torch.equal(d_d_h_0, torch.full_like(h_0, 2))
+
+
+# --- precision of products around the kernels ----------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_products_have_the_rnns_precision_and_the_switch_is_put_back(precision, before):
+    from fastrnn.fused import products_of
+
+    matmul, cuda = torch.backends.cuda.matmul, torch.device("cuda")
+    untouched = matmul.fp32_precision
+    matmul.allow_tf32 = before
+    given = matmul.fp32_precision
+    try:
+        with pytest.raises(ZeroDivisionError), products_of(precision, cuda, torch.float32):
+            assert matmul.allow_tf32 == (precision == "tf32")
+            _ = 1 / 0
+        assert (matmul.allow_tf32, matmul.fp32_precision) == (before, given)
+        with products_of(precision, cuda, torch.bfloat16):
+            assert matmul.allow_tf32 == before
+        with products_of(precision, torch.device("cpu"), torch.float32):
+            assert matmul.allow_tf32 == before
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = untouched
+
+
+def test_a_switch_that_was_never_set_stays_so():
+    from fastrnn.fused import products_of
+
+    matmul = torch.backends.cuda.matmul
+    assert matmul.fp32_precision == "none"
+    with products_of("tf32", torch.device("cuda"), torch.float32):
+        assert matmul.allow_tf32
+    assert matmul.fp32_precision == "none"
+    assert not matmul.allow_tf32

@@ -16,15 +16,17 @@ rules:
 - W_hh is not read inside the loop over steps when it is resident;
 - no floating-point atomics.
 
-The outcome is a table and, with --snapshot, a file to keep under version control so that a change
-shows as a diff. What this cannot tell is whether the code is fast, or right: see
-tests/interpreter.py for the second.
+One case of each kind is compiled (see `kinds`), a few of them with --quick, and the whole grid with
+--every. The outcome is a table; --snapshot writes it to a file to keep under version control, and
+--check holds it against one and fails if they differ. What this cannot tell is whether the code is
+fast, or right: see tests/interpreter.py for the second.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import difflib
 import re
 import subprocess
 import sys
@@ -54,9 +56,10 @@ from .tiling import (
     shared_memory,
 )
 
-HIDDEN_SIZES = (16, 65, 128, 200, 256, 512, 768, 1024, 2048)
+HIDDEN_SIZES = (16, 63, 65, 128, 200, 201, 256, 512, 768, 1024, 2048)
 BATCH_SIZES = (16, 64, 128, 1024)
-QUICK_HIDDEN_SIZES = (64, 100, 256, 1024)
+# Without 512 in float32, whose products of 64 rows take the compiler a quarter of a minute each.
+QUICK_HIDDEN_SIZES = {"bf16": (64, 100, 256, 512, 2048), "fp32": (64, 100, 256, 2048)}
 QUICK_BATCH_SIZES = (16, 128)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = {
@@ -208,7 +211,8 @@ def examine(case: Case) -> Report:
     return report
 
 
-def _run_tool(name: str, *arguments: str) -> str:
+def run_tool(name: str, *arguments: str) -> str:
+    """What a tool inside the triton wheel prints."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     done = subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
@@ -219,8 +223,8 @@ def _examine_nvidia(report: Report, asm: dict[str, Any], chip: Chip) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage = _run_tool("cuobjdump", "-res-usage", file.name)
-        sass = _run_tool("cuobjdump", "-sass", file.name)
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        sass = run_tool("cuobjdump", "-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     if found is None:
         faults.append("cuobjdump does not report the registers")
@@ -241,18 +245,20 @@ def _examine_nvidia(report: Report, asm: dict[str, Any], chip: Chip) -> None:
         re.findall(r"\bLDG\.E\.128|\bLDGSTS\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128", sass)
     )
     if tile.residency != "whole":
-        _examine_barrier(report, asm["ptx"], sass)
+        faults += barrier_faults(asm["ptx"], sass)
+        _examine_exchange(report, asm["ptx"])
     if re.search(r"\b(?:red|atom)\.[\w.:]*(?:f16|f32|bf16)", asm["ptx"]):
         faults.append("floating-point atomics")
 
 
-def _examine_barrier(report: Report, ptx: str, sass: str) -> None:
-    faults = report.faults
+def barrier_faults(ptx: str, sass: str) -> list[str]:
+    """What is wrong with a kernel's arrivals and waits in NVIDIA's code."""
+    faults = []
     lines = [line.strip() for line in ptx.splitlines()]
     arrivals = [
         i for i, line in enumerate(lines) if re.search(r"(?:red|atom)[\w.]*\.release\.", line)
     ]
-    waits = [i for i, line in enumerate(lines) if re.search(r"(?:ld|atom)[\w.]*\.acquire\.", line)]
+    waits = _waits(lines)
     if not arrivals or any(".gpu." not in lines[i] for i in arrivals):
         faults.append("the arrival is not a release at GPU scope")
     if not waits or any(".gpu." not in lines[i] for i in waits):
@@ -265,10 +271,20 @@ def _examine_barrier(report: Report, ptx: str, sass: str) -> None:
         faults.append("no barrier of the threads after the wait")
     if "STRONG.GPU" not in sass:
         faults.append("the wait is not a strong load")
-    # The first loads of the exchange follow the wait: they must be 16 bytes wide.
+    return faults
+
+
+def _waits(lines: list[str]) -> list[int]:
+    return [i for i, line in enumerate(lines) if re.search(r"(?:ld|atom)[\w.]*\.acquire\.", line)]
+
+
+def _examine_exchange(report: Report, ptx: str) -> None:
+    # Its first loads follow the wait: they must be 16 bytes wide.
+    lines = [line.strip() for line in ptx.splitlines()]
     wide = re.compile(r"ld\.global[\w.]*\.v4\.b32|cp\.async\.cg\.shared\.global .*0x10, ")
+    waits = _waits(lines)
     if waits and not any(map(wide.search, lines[waits[-1] :])):
-        faults.append("the exchange is not loaded 16 bytes at a time")
+        report.faults.append("the exchange is not loaded 16 bytes at a time")
 
 
 def _examine_amd(report: Report, asm: dict[str, Any]) -> None:
@@ -374,13 +390,35 @@ def _uses(lines: list[str], body: range, operation: re.Pattern[str], names: set[
     ]
 
 
-def quick(chips: Iterable[str]) -> list[Case]:
-    """A part that represents the whole: each chip, pass, residency and dtype, few sizes."""
+def kinds(chips: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
+    """Of the cases of the grid one of each kind: with the largest H, so with most in registers.
+
+    Cases of a kind have chip, pass, dtype, precision, residency, blocks, warps and groups in
+    common, and whether rows begin at multiples of 16 bytes. D changes strides only, in_flight
+    depends on H, and fp16 is compiled as bf16 is, for which sm_90 stands.
+    """
     chosen: dict[tuple[object, ...], Case] = {}
-    for case in cases(chips, QUICK_HIDDEN_SIZES, QUICK_BATCH_SIZES, DTYPES):
+    for case in cases(chips, HIDDEN_SIZES, BATCH_SIZES, dtypes):
+        if case.dtype == "fp16" and case.chip != "sm_90":
+            continue
         tile = case.tile
-        key = (case.chip, case.which, tile.residency, case.dtype if case.chip == "sm_90" else "")
-        chosen.setdefault((*key, tile.BLOCK_B >= 64), case)
+        cut = (tile.residency, tile.BLOCK_B, tile.BLOCK_H, tile.BLOCK_K)
+        aligned = case.H * DTYPES[case.dtype].itemsize % 16 == 0
+        key = (case.chip, case.which, case.dtype, case.input_precision, *cut)
+        key = (*key, tile.num_warps, tile.groups, aligned)
+        if key not in chosen or chosen[key].H < case.H:
+            chosen[key] = case
+    return list(chosen.values())
+
+
+def quick(chips: Iterable[str]) -> list[Case]:
+    """A part that represents the whole: each chip, pass and residency, few sizes."""
+    chosen: dict[tuple[object, ...], Case] = {}
+    for chip in chips:
+        for dtype in ("bf16", "fp32") if chip == "sm_90" else ("bf16",):
+            for case in cases([chip], QUICK_HIDDEN_SIZES[dtype], QUICK_BATCH_SIZES, [dtype]):
+                key = (chip, dtype, case.which, case.tile.residency, case.tile.BLOCK_B >= 64)
+                chosen.setdefault(key, case)
     return list(chosen.values())
 
 
@@ -390,13 +428,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--chip", action="append", choices=list(TARGETS), help="only this chip")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype")
-    parser.add_argument("--quick", action="store_true", help="a representative part")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="a representative part")
+    extent.add_argument("--every", action="store_true", help="the whole grid, over a thousand")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at the same time (1)")
     parser.add_argument("--list", action="store_true", help="name the cases, compile nothing")
     parser.add_argument("--snapshot", type=Path, help="write the table to this file")
+    parser.add_argument("--check", type=Path, help="fail if the table differs from this file's")
     given = parser.parse_args(arguments)
     chips, dtypes = given.chip or list(TARGETS), given.dtype or list(DTYPES)
-    chosen = quick(chips) if given.quick else cases(chips, HIDDEN_SIZES, BATCH_SIZES, dtypes)
+    if given.quick:
+        chosen = [case for case in quick(chips) if case.dtype in dtypes]
+    elif given.every:
+        chosen = cases(chips, HIDDEN_SIZES, BATCH_SIZES, dtypes)
+    else:
+        chosen = kinds(chips, dtypes)
     if given.list:
         print("\n".join(case.name for case in chosen))
         return 0
@@ -409,7 +455,28 @@ def main(arguments: list[str] | None = None) -> int:
     if given.snapshot:
         given.snapshot.write_text("\n".join([f"triton {triton.__version__}", *lines, ""]))
     print(f"{len(chosen)} cases, {faulty} faulty")
-    return 1 if faulty else 0
+    changes = difference(given.check, lines, chips, dtypes) if given.check else []
+    print("\n".join(changes), end="\n" if changes else "")
+    return 1 if faulty or changes else 0
+
+
+def difference(
+    snapshot: Path, lines: list[str], chips: Iterable[str], dtypes: Iterable[str]
+) -> list[str]:
+    """How the table differs from a snapshot's part for these chips and dtypes, as a diff.
+
+    Another version of Triton makes other code: nothing is compared then, and nothing differs.
+    """
+    version, *kept = snapshot.read_text().splitlines()
+    if version != f"triton {triton.__version__}":
+        print(f"{snapshot} is of {version}, this is {triton.__version__}: not compared")
+        return []
+    expected = []
+    for line in kept:
+        chip, _, dtype = line.split()[:3]
+        if chip in chips and dtype in dtypes:
+            expected.append(line)
+    return list(difflib.unified_diff(expected, lines, str(snapshot), "now", n=0, lineterm=""))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ STREAM_STAGE_BYTES = 32_768
 BYTES_IN_FLIGHT = 192
 # Hidden units times rows per thread, in 16 bits: each lives with four gates, the next step's four,
 # c and h; 16 spill. Half as many where rows do not begin at multiples of 16 bytes, for each then
-# has an address of its own (backward fewer still, see _num_warps); half in float32; and half again
-# in tf32x3.
+# has an address of its own (at times fewer still, see _num_warps); half in float32; and half
+# again in tf32x3.
 CELLS_PER_THREAD = 8
 MOST_WARPS = 8
 # With 4 warps ptxas spills a few registers of grouped products for sm_100, and for no other chip.
@@ -305,10 +305,12 @@ def _num_warps(
     cells_per_thread = crowding * CELLS_PER_THREAD * 2 // itemsize // parts
     if H * itemsize % 16:
         cells_per_thread //= 2
-        if which == "backward":  # it has twice as many addresses
-            cells_per_thread //= (2 if BLOCK_B > 16 else 1) * (2 if H * itemsize % 4 else 1)
+        if BLOCK_H < H:  # the exchange has addresses as well, and backward of four times the width
+            cells_per_thread //= 2 if which == "backward" and BLOCK_B > 16 else 1
+            cells_per_thread //= 2 if H * itemsize % 4 else 1
     num_warps = max(4, BLOCK_B * BLOCK_H // (max(1, cells_per_thread) * chip.warp_size))
-    if num_warps > 4 and which == "backward" and itemsize == 4 and chip.warp_size == 64:
+    needy = H * itemsize % 16 or (which == "backward" and itemsize == 4)
+    if num_warps > 4 and needy and chip.warp_size == 64:
         num_warps *= 2  # AMD's threads have 512 registers in 4 warps, and 256 in 8
     return num_warps
 

@@ -12,10 +12,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 import fastrnn_kernels
+from fastrnn_kernels.offline import (
+    BATCH_SIZES,
+    DTYPES,
+    HIDDEN_SIZES,
+    TARGETS,
+    Case,
+    cases,
+    difference,
+    kinds,
+    quick,
+)
 
 PACKAGE = Path(fastrnn_kernels.__file__).parent
+SNAPSHOT = PACKAGE.parent / "offline.txt"
 WAIT = "                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0))\n"
 BLOCKS = (
     "                blocks_ptr = exchange_tile_ptr + (iteration % 2) * copy_size + block_offsets\n"
@@ -85,18 +98,57 @@ def run(path: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.timeout(600)
-def test_a_representative_part_passes() -> None:
-    done = run(PACKAGE.parent, "-m", "fastrnn_kernels.offline", "--quick", "--jobs", "2")
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_representative_part_passes_and_is_as_it_was() -> None:
+    """After a change that is meant: `python -m fastrnn_kernels.offline --quick --snapshot FILE`."""
+    command = ("-m", "fastrnn_kernels.offline", "--quick", "--jobs", "2", "--check", str(SNAPSHOT))
+    done = run(PACKAGE.parent, *command)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_table_that_differs_from_the_snapshot_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = f"triton {triton.__version__}"
+    snapshot, lines = tmp_path / "snapshot.txt", SNAPSHOT.read_text().splitlines()[1:]
+    snapshot.write_text("\n".join([version, *lines, ""]))
+    hopper = [line for line in lines if line.startswith("sm_90")]
+    assert difference(snapshot, hopper, ["sm_90"], ["bf16", "fp32"]) == []
+    changed = [hopper[0].replace("spill 0", "spill 8"), *hopper[1:]]
+    _, _, _, *found = difference(snapshot, changed, ["sm_90"], ["bf16", "fp32"])
+    assert found == [f"-{hopper[0]}", f"+{changed[0]}"]
+    assert len(difference(snapshot, hopper[1:], ["sm_90"], ["bf16", "fp32"])) == 4
+    assert capsys.readouterr().out == ""
+
+    snapshot.write_text("\n".join(["triton 1.0", *lines, ""]))
+    assert difference(snapshot, changed, ["sm_90"], ["bf16", "fp32"]) == []
+    assert "is of triton 1.0" in capsys.readouterr().out
+
+
+def test_the_grid_s_kinds_are_a_part_of_it_with_every_residency() -> None:
+    grid = cases(TARGETS, HIDDEN_SIZES, BATCH_SIZES, DTYPES)
+    chosen = kinds(TARGETS, DTYPES)
+    assert set(chosen) <= set(grid)
+    assert len(chosen) < len(grid) // 3
+
+    def found(some: list[Case]) -> set[tuple[str, ...]]:
+        return {(case.chip, case.which, case.tile.residency, case.input_precision) for case in some}
+
+    assert found(chosen) == found(grid)
+    assert {(case.chip, case.which) for case in quick(TARGETS)} == {
+        (chip, which) for chip in TARGETS for which in ("forward", "backward")
+    }
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_the_case_that_is_broken_below_passes(which: str) -> None:
     done = run(PACKAGE.parent, "-c", CASE, which)
     assert done.stdout.strip().endswith(" ok"), done.stdout + done.stderr
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", BROKEN, ids=lambda name: name.replace(" ", "-"))
 def test_rule_fails_where_it_should(name: str, tmp_path: Path) -> None:
     file, old, new, fault = BROKEN[name]
