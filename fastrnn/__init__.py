@@ -6,8 +6,19 @@ and nothing is patched before :func:`patched` is entered.
 
 from fastrnn.backends import backends
 from fastrnn.clip import clip_grad_norm_
+from fastrnn.clipper import GradientClipper
 from fastrnn.convert import convert, patched, revert
 from fastrnn.lstm import LSTM
+from fastrnn.tune import tune
 
-__all__ = ["LSTM", "backends", "clip_grad_norm_", "convert", "patched", "revert"]
+__all__ = [
+    "LSTM",
+    "GradientClipper",
+    "backends",
+    "clip_grad_norm_",
+    "convert",
+    "patched",
+    "revert",
+    "tune",
+]
 __version__ = "0.1.0"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrnn import clip
+from fastrnn import GradientClipper, clip, gradient_norms
 from fastrnn.clip import clip_grad_norm_
+from fastrnn_kernels.launch import CannotLaunch
 
 torch_clip_grad_norm_ = nn.utils.clip_grad_norm_
 inf, nan = math.inf, math.nan
@@ -369,7 +372,9 @@ class TestKindsOfGradient:
     @pytest.mark.parametrize("foreach", [None, True, False])
     def test_sparse_is_torchs_error(self, foreach: bool | None) -> None:
         def make() -> list[Tensor]:
-            return [torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (5,), check_invariants=True)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch 2.11 says that it could check, once
+                return [torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (5,), check_invariants=True)]
 
         expected = assert_as_torch(make, 0.5, foreach=foreach)
         assert expected.error is not None
@@ -443,7 +448,7 @@ class TestLong:
 
     @pytest.fixture(autouse=True)
     def _lower_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(clip, "_LONG", LONG)
+        monkeypatch.setattr(gradient_norms, "_LONG", LONG)
 
     def test_the_limit_leaves_weights_of_1024_hidden_units_alone(
         self, monkeypatch: pytest.MonkeyPatch
@@ -582,6 +587,82 @@ class TestTorchsOwnFunction:
         result = outcome(compiled, three())
         assert (result.error, result.result) == (None, expected.result)
         assert result.gradients == expected.gradients
+
+
+class TestKernel:
+    """The seam to the Triton kernel, with a launcher of the same signature in its place."""
+
+    @pytest.fixture
+    def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+        calls: list[dict[str, object]] = []
+
+        def clip_gradients(
+            grads: list[Tensor],
+            max_norm: float,
+            norm_type: float,
+            *,
+            scale: bool = True,
+            zero_nonfinite: bool = False,
+            norm_dtype: torch.dtype | None = None,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            calls.append({"scale": scale, "zero_nonfinite": zero_nonfinite, "dtype": norm_dtype})
+            norms = torch.stack([g.norm(norm_type) for g in grads])
+            total_norm = norms.norm(norm_type)
+            coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
+            if scale:
+                torch._foreach_mul_(grads, coefficient)
+            return total_norm, coefficient, norms
+
+        kernel = types.SimpleNamespace(clip_gradients=clip_gradients)
+        monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
+        monkeypatch.setattr(gradient_norms, "can_run_kernel", lambda grads, norm_type: None)
+        monkeypatch.setattr(clip, "cpu_groups", lambda grads: None)
+        return calls
+
+    @pytest.mark.parametrize("max_norm", [0.5, 1e3])
+    def test_clips_in_one_launch(self, max_norm: float, launches: list[dict[str, object]]) -> None:
+        assert_as_torch(three, max_norm)
+        assert launches == [{"scale": True, "zero_nonfinite": False, "dtype": None}]
+
+    @pytest.mark.parametrize("value", [1.0, nan, inf])
+    def test_an_error_comes_before_the_scaling(
+        self, value: float, launches: list[dict[str, object]]
+    ) -> None:
+        assert_as_torch(lambda: [*three(), torch.tensor([value])], 0.5, error_if_nonfinite=True)
+        assert [launch["scale"] for launch in launches] == [False]
+
+    def test_the_clipper_passes_its_options_on(self, launches: list[dict[str, object]]) -> None:
+        parameters = [parameter(g) for g in three()]
+        clipper = GradientClipper(parameters, 1.0, nonfinite="zero", norm_dtype=torch.float32)
+        clipper.clip()
+        assert launches == [{"scale": True, "zero_nonfinite": True, "dtype": torch.float32}]
+
+    def test_where_it_cannot_be_launched_torchs_operations_run_and_say_so(
+        self,
+        launches: list[dict[str, object]],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise CannotLaunch("the grid is too large")
+
+        kernel = types.SimpleNamespace(clip_gradients=refuse)
+        monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
+        gradient_norms._log_once.cache_clear()
+        assert_as_torch(three, 0.5)
+        assert "torch's operations: the grid is too large" in caplog.text
+
+    def test_says_why_it_does_not_run_here(self) -> None:
+        reason = gradient_norms.can_run_kernel(three(), 2.0)
+        assert reason is not None
+        assert "CUDA" in reason
+
+    def test_without_triton_the_reason_is_the_import_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "fastrnn_kernels.gradient_norm", None)
+        reason = gradient_norms._kernel_module.__wrapped__()
+        assert reason.startswith("the kernel cannot be imported")
 
 
 @st.composite

@@ -1,0 +1,185 @@
+"""Norms of gradients spread over processes: DTensors, as FSDP2 and tensor parallelism make them.
+
+Each process measures its local parts; the sums of p-th powers (for `inf` the largest magnitudes) of
+all gradients of a mesh travel in one all_reduce, one number for each gradient; from there on every
+process computes the same from the same numbers, so norms and coefficients are equal on all of them.
+Scaling is local. What is replicated is counted once: by the process whose coordinate is 0.
+
+Plain gradients may be mixed in; they must be equal on all processes, as DDP leaves them. Under DDP
+all gradients are plain and nothing here is needed.
+
+Limits: two or more sharded dimensions of a mesh that does not span all processes take one
+all_reduce for each of them. A partial gradient is summed up first, as torch does. What
+:func:`why_torch` names goes to torch's own function. FSDP1 has sharded gradients that do not say
+so: there, use its `FullyShardedDataParallel.clip_grad_norm_`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from fastrnn.gradient_norms import Clipped, clip_coefficient, scale_gradients
+from fastrnn.gradient_norms import clip_gradients as clip_local_gradients
+
+_SHARDED = (Shard, _StridedShard)  # the latter: where FSDP2 shards what tensor parallelism sharded
+
+
+def why_torch(grads: Sequence[Tensor], norm_type: float) -> str | None:
+    """Why gradients, DTensors among them, have to go to torch's own function; None if not."""
+    if not norm_type > 0:
+        return f"a norm of order {norm_type} cannot be summed up from parts"
+    for grad in grads:
+        if not isinstance(grad, DTensor):
+            if type(grad) is not Tensor:
+                return f"a gradient is a {type(grad).__name__}"
+            continue
+        if type(grad._local_tensor) is not Tensor:
+            return f"the local part of a gradient is a {type(grad._local_tensor).__name__}"
+        if grad.device_mesh.get_coordinate() is None:
+            return "this process is not in the mesh of a gradient"
+        if math.isinf(norm_type) and not grad.numel():
+            return "the inf norm of an empty gradient is not defined"
+        for placement in grad.placements:
+            linear = isinstance(placement, Partial) and placement.reduce_op in ("sum", "avg")
+            if not linear and not isinstance(placement, (Replicate, *_SHARDED)):
+                return f"a gradient has the placement {placement}"
+    return None
+
+
+def clip_gradients(
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    *,
+    scale: bool = True,
+    zero_nonfinite: bool = False,
+    norm_dtype: torch.dtype | None = None,
+) -> Clipped:
+    """Measure gradients and scale them in place; see `gradient_norms.clip_gradients`.
+
+    Collective: all processes of the gradients' meshes have to call it with the same arguments.
+
+    Raises:
+        NotImplementedError: :func:`why_torch` gives a reason. Nothing was communicated.
+    """
+    if (reason := why_torch(grads, norm_type)) is not None:
+        raise NotImplementedError(
+            f"DTensors must be replicated, sharded or partial sums, of a norm of order above 0: "
+            f"{reason}. fastrnn.clip_grad_norm_ hands such gradients to torch."
+        )
+    norms = torch.stack(
+        [
+            norm.to(_norm_dtype(grad, norm_dtype))
+            for grad, norm in zip(grads, _global_norms(grads, norm_type))
+        ]
+    )
+    total_norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    if scale:
+        scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
+    return Clipped(total_norm, clip_coefficient(total_norm, max_norm, zero_nonfinite), norms)
+
+
+def local_gradient(grad: Tensor) -> Tensor:
+    """Return the part of a gradient that is on this process, sharing its memory."""
+    return grad._local_tensor if isinstance(grad, DTensor) else grad
+
+
+def as_torch_returns(total_norm: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """Return the total norm as a replicated DTensor where all gradients are DTensors of one mesh.
+
+    Torch returns one then, and its users call `full_tensor()` on it. It takes no others.
+    """
+    meshes = {grad.device_mesh if isinstance(grad, DTensor) else None for grad in grads}
+    if len(meshes) > 1 or (mesh := meshes.pop()) is None:
+        return total_norm
+    return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _norm_dtype(grad: Tensor, norm_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a gradient's norm."""
+    dtype = grad.dtype.to_real()
+    if norm_dtype is None or grad.is_complex():
+        return dtype
+    return torch.promote_types(dtype, norm_dtype)
+
+
+def _global_norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
+    """Return the norm of each whole gradient: in float64 where it was sharded."""
+    parts = [_summed_up(grad) for grad in grads]
+    locals_ = [local_gradient(part) for part in parts]
+    norms = [torch.zeros((), device=part.device) for part in locals_]  # of parts without elements
+    if holding := [index for index, part in enumerate(locals_) if part.numel()]:
+        measured = clip_local_gradients(
+            [locals_[index] for index in holding],
+            math.inf,
+            norm_type,
+            scale=False,
+            norm_dtype=torch.float32,
+        ).norms
+        for index, norm in zip(holding, measured.unbind()):
+            norms[index] = norm
+    by_mesh: dict[DeviceMesh, dict[int, set[int]]] = {}  # sharded dimensions of each gradient
+    for index, part in enumerate(parts):
+        if isinstance(part, DTensor) and (dimensions := _sharded_dimensions(part)):
+            by_mesh.setdefault(part.device_mesh, {})[index] = dimensions
+    for mesh, sharded in by_mesh.items():
+        reduced: set[int] = set().union(*sharded.values())
+        if len(reduced) > 1 and mesh.size() == dist.get_world_size():
+            reduced = set(range(mesh.ndim))
+        coordinate = mesh.get_coordinate() or ()
+        contributions = [
+            norms[index].double()
+            if all(coordinate[dimension] == 0 for dimension in reduced - dimensions)
+            else norms[index].new_zeros((), dtype=torch.float64)
+            for index, dimensions in sharded.items()
+        ]
+        whole = _reduce(torch.stack(contributions), norm_type, mesh, sorted(reduced))
+        for index, norm in zip(sharded, whole.unbind()):
+            norms[index] = norm
+    return norms
+
+
+def _summed_up(grad: Tensor) -> Tensor:
+    """Return a gradient without partial sums; itself where it has none."""
+    if not isinstance(grad, DTensor) or not any(isinstance(p, Partial) for p in grad.placements):
+        return grad
+    return grad.redistribute(
+        placements=[Replicate() if isinstance(p, Partial) else p for p in grad.placements]
+    )
+
+
+def _sharded_dimensions(grad: DTensor) -> set[int]:
+    """Return the dimensions of the mesh over which a gradient's elements are spread."""
+    return {
+        dimension
+        for dimension, placement in enumerate(grad.placements)
+        if isinstance(placement, _SHARDED) and grad.device_mesh.size(dimension) > 1
+    }
+
+
+def _reduce(norms: Tensor, norm_type: float, mesh: DeviceMesh, dimensions: list[int]) -> Tensor:
+    """Return the norms of the whole from the norms of the processes' parts."""
+    if math.isinf(norm_type):  # a maximum may lose NaN, so it travels as a flag
+        nan = norms.isnan()
+        values = torch.cat((nan.double(), norms.masked_fill(nan, 0.0)))
+        operation = dist.ReduceOp.MAX
+    else:
+        values = norms.pow(norm_type)
+        operation = dist.ReduceOp.SUM
+    if len(dimensions) > 1 and mesh.size() == dist.get_world_size():  # then they are all of them
+        dist.all_reduce(values, operation)
+    else:
+        for dimension in dimensions:
+            dist.all_reduce(values, operation, group=mesh.get_group(dimension))
+    if math.isinf(norm_type):
+        nan, values = values.chunk(2)
+        return values.masked_fill(nan > 0, math.nan)
+    return values.pow(1 / norm_type)
