@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastrnn.recipes.distributed import ALONE, World
 from fastrnn.recipes.errors import Interrupted, RecipeError
 from fastrnn.recipes.settings import SettingsT, TrainingSettings, resume_settings
+from fastrnn.recipes.side import Side
 
 _FORMAT = 1
+
+
+def training_state(data: str, sides: Sequence[Side], generator: torch.Generator) -> dict[str, Any]:
+    """What every recipe's checkpoint has to keep: for :meth:`Checkpoint.save`.
+
+    Args:
+        data: the digest of the data.
+        sides: what is trained.
+        generator: that orders the data.
+    """
+    return {
+        "data": data,
+        "sides": [side.state_dict() for side in sides],
+        "generator": generator.get_state(),
+    }
 
 
 class Checkpoint:
@@ -27,13 +44,15 @@ class Checkpoint:
     Args:
         recipe: the recipe's name.
         directory: where it is; :meth:`make_directory` makes it.
+        world: the processes that train together; one of them writes. Default: this one alone.
 
     Attributes:
         epoch: of what the file holds, as far as this run wrote or read it; 0 before that.
     """
 
-    def __init__(self, recipe: str, directory: Path) -> None:
+    def __init__(self, recipe: str, directory: Path, world: World = ALONE) -> None:
         self.recipe = recipe
+        self.world = world
         self.path = directory / "checkpoint.pt"
         self.epoch = 0
 
@@ -54,6 +73,11 @@ class Checkpoint:
         Raises:
             RecipeError: it cannot be written.
         """
+        if self.world.leads:
+            self._write(settings, epoch, contents)
+        self.epoch = epoch
+
+    def _write(self, settings: TrainingSettings, epoch: int, contents: dict[str, Any]) -> None:
         state = contents | {
             "format": _FORMAT,
             "recipe": self.recipe,
@@ -77,7 +101,6 @@ class Checkpoint:
             raise self._unwritable(error) from error
         finally:
             unfinished.unlink(missing_ok=True)
-        self.epoch = epoch
 
     def load(self, settings: SettingsT) -> tuple[SettingsT, dict[str, Any]]:
         """Read the file. Building a model draws numbers, so :meth:`restore_random` comes after.
@@ -115,6 +138,30 @@ class Checkpoint:
                 f"{settings.epochs}: ask for more of them, or start again without --resume"
             )
         return settings, state
+
+    def restore_training(
+        self, saved: dict[str, Any], data: str, sides: Sequence[Side], generator: torch.Generator
+    ) -> None:
+        """Take over what :func:`training_state` gave, and torch's global random state.
+
+        Args:
+            saved: what :meth:`load` read.
+            data: the digest of this run's data.
+            sides: of this run.
+            generator: of this run.
+
+        Raises:
+            RecipeError: the checkpoint is of other data.
+        """
+        if saved["data"] != data:
+            raise RecipeError(
+                f"{self.path} was trained on other data: give the same --data, or start "
+                "again without --resume"
+            )
+        for side, state in zip(sides, saved["sides"], strict=True):
+            side.load_state_dict(state)
+        generator.set_state(saved["generator"])
+        self.restore_random(saved)
 
     @staticmethod
     def restore_random(state: dict[str, Any]) -> None:

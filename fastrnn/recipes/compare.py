@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.recipes.side import Side
+from fastrnn.recipes.tables import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +34,27 @@ class PackedLSTM(nn.LSTM):
         return padded, states
 
 
+class CompactedLSTM(nn.LSTM):
+    """nn.LSTM for batches with holes, as one does it by hand; called as fastrnn.LSTM is.
+
+    Each sequence's valid steps are moved together, packed, run, padded, and moved back. Of
+    fastrnn's arguments it takes `mask`; batch first.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, mask: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As :class:`fastrnn.LSTM`, for `x [B, T, I]` and `mask [B, T]`, each row with a step."""
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # valid steps first
+        compact = x.gather(1, order[..., None].expand_as(x))
+        lengths = mask.sum(1).cpu()
+        packed = pack_padded_sequence(compact, lengths, batch_first=True, enforce_sorted=False)
+        out, states = super().forward(packed, hx)
+        padded, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+        spread = torch.zeros_like(padded).scatter(1, order[..., None].expand_as(padded), padded)
+        return spread, states
+
+
 def compare_sides(
     console: Console,
     ours: Side,
@@ -49,19 +72,8 @@ def compare_sides(
             training amplifies them afterwards.
         metrics: rows of the recipe's own: a name, our value, their value.
     """
-    from rich import box
-    from rich.table import Table
-
-    def table(title: str, *columns: str) -> Table:
-        table = Table(
-            "", title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-        )
-        for column in columns:
-            table.add_column(column, justify="right")
-        return table
-
     sides = (ours, theirs)
-    times = table("The same training twice, in turn step by step", ours.name, theirs.name, "")
+    times = new_table("The same training twice, in turn step by step", ours.name, theirs.name, "")
     medians = [statistics.median(side.seconds) for side in sides]
     ratio = medians[1] / medians[0]
     words = f"{ratio:.2f}× as fast" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
@@ -73,7 +85,7 @@ def compare_sides(
     for row in metrics:
         times.add_row(*row)
 
-    losses = table("Difference of the losses, step by step", "mean", "largest", "at a loss of")
+    losses = new_table("Difference of the losses, step by step", "mean", "largest", "at a loss of")
     apart = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
     for name, count in (("first epoch", steps), ("all epochs", len(apart))):
         part = apart[:count]

@@ -28,6 +28,7 @@ class Option:
         above: a value that it must exceed.
         infinite: whether a float may be infinite.
         free: whether a resumed run may set it anew.
+        metavar: what stands for the value in `--help`. Default: by its type.
     """
 
     help: str
@@ -35,6 +36,7 @@ class Option:
     above: int | None = None
     infinite: bool = False
     free: bool = False
+    metavar: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class TrainingSettings:
     """The settings that every recipe has. A recipe gives those without a default one of its own."""
 
     epochs: Annotated[int, Option("passes over the training data", least=1, free=True)]
-    batch_size: Annotated[int, Option("sequences in a step", least=1)]
+    batch_size: Annotated[int, Option("sequences in a step, all processes together", least=1)]
     hidden: Annotated[int, Option("hidden units of the LSTM", least=1)]
     lr: Annotated[float, Option("Adam's learning rate", above=0)]
     max_norm: Annotated[
@@ -66,6 +68,8 @@ class TrainingSettings:
         values = {name: getattr(self, name) for name in sorted(names)}
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
+
+_METAVARS: dict[type, str] = {int: "N", float: "X", Path: "DIR"}
 
 SettingsT = TypeVar("SettingsT", bound=TrainingSettings)
 
@@ -122,7 +126,7 @@ def parse_settings(
         parser.add_argument(
             flag(name),
             type=_checked(kind, option),
-            metavar={int: "N", float: "X", Path: "DIR"}.get(kind, name.upper()),
+            metavar=option.metavar or _METAVARS.get(kind, name.upper()),
             help=option.help
             + ("" if default is None else f" (default: {default})").replace("%", "%%"),
         )

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastrnn.recipes.distributed import ALONE, World
 from fastrnn.recipes.errors import RecipeError
 
 Clip: TypeAlias = Callable[[Iterable[Tensor], float], Tensor]
@@ -25,14 +26,17 @@ class Side:
 
     Args:
         name: what reports call it.
-        model: what is trained; `list(model.parameters())` is what is clipped.
+        model: what is trained, on its device already; `list(model.parameters())` is what is
+            clipped.
         optimizer: over the model's parameters.
         clip: fastrnn's or torch's `clip_grad_norm_`.
         synchronize: whether :meth:`timed` waits for the GPU, so that it measures the step and not
             its launch. Default: False.
+        world: the processes that train together. Default: this one alone.
 
     Attributes:
-        losses: of each step of the finished epochs.
+        replica: `model`, to be called in training: it averages gradients over the world.
+        losses: of each step of the finished epochs, over the whole batch.
         norms: of the gradient before clipping, of each of these steps.
         seconds: that each of these steps took.
     """
@@ -44,9 +48,12 @@ class Side:
         optimizer: torch.optim.Optimizer,
         clip: Clip,
         synchronize: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.name = name
         self.model = model
+        self.replica = world.replicate(model)
+        self.world = world
         self.optimizer = optimizer
         self.clip = clip
         self.synchronize = synchronize
@@ -63,7 +70,12 @@ class Side:
         self.seconds.append(self._now() - started)
 
     def record(self, loss: Tensor, norm: Tensor) -> None:
-        """Keep a step's loss and gradient norm, on their device until the epoch ends."""
+        """Keep a step's loss and gradient norm, on their device until the epoch ends.
+
+        Args:
+            loss: that backward started from; its mean over the world is the loss of the batch.
+            norm: of the gradient, which is the same on every rank.
+        """
         self._pending.append((loss.detach(), norm))
 
     def finish_epoch(self) -> None:
@@ -73,7 +85,7 @@ class Side:
             RecipeError: a loss is NaN or infinite.
         """
         first = len(self.losses)
-        self.losses += torch.stack([loss for loss, _ in self._pending]).tolist()
+        self.losses += self.world.mean(torch.stack([loss for loss, _ in self._pending])).tolist()
         self.norms += torch.stack([norm for _, norm in self._pending]).tolist()
         self._pending.clear()
         for step, loss in enumerate(self.losses[first:], first + 1):

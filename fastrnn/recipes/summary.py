@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from fastrnn.recipes.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def training_facts(
+    settings: TrainingSettings, first_epoch: int, seconds: float, norms: Sequence[float]
+) -> dict[str, str]:
+    """What the summary of every recipe says of its training.
+
+    Args:
+        settings: of the run.
+        first_epoch: with which this run began.
+        seconds: that it trained.
+        norms: of the gradient before clipping, of every step.
+    """
+    if first_epoch > settings.epochs:
+        trained = f"{settings.epochs} epochs, all before; --resume --epochs N goes on to N"
+    else:
+        trained = f"epochs {first_epoch}–{settings.epochs} in {seconds:.1f} s"
+    clipped = sum(norm > settings.max_norm for norm in norms)
+    return {
+        "trained": trained,
+        "clipped": f"{clipped} of {len(norms)} steps, at norm {settings.max_norm:g}",
+    }
 
 
 def summarize(console: Console, result: str, facts: dict[str, str]) -> None:

@@ -26,16 +26,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import fastrnn
-from fastrnn.recipes.checkpoint import Checkpoint
+from fastrnn.recipes.checkpoint import Checkpoint, training_state
 from fastrnn.recipes.compare import PackedLSTM, compare_sides
-from fastrnn.recipes.device import find_device
-from fastrnn.recipes.errors import RecipeError
+from fastrnn.recipes.distributed import World, join_world
 from fastrnn.recipes.plots import plot_gradient_norms
 from fastrnn.recipes.progress import training_progress
 from fastrnn.recipes.settings import Option, TrainingSettings
 from fastrnn.recipes.side import Clip, Side, in_turn
-from fastrnn.recipes.summary import summarize
-from fastrnn.recipes.vowels_data import SHIPPED, Utterance, Vowels, load_vowels
+from fastrnn.recipes.summary import summarize, training_facts
+from fastrnn.recipes.text_files import SHIPPED
+from fastrnn.recipes.vowels_data import Utterance, Vowels, load_vowels
 from fastrnn.training import Standardize, collate_ragged
 
 if TYPE_CHECKING:
@@ -88,19 +88,25 @@ def run(settings: Settings) -> float:
         RecipeError: the data, the checkpoint or the device is not as it should be.
         Interrupted: Ctrl-C; the last checkpoint is kept.
     """
+    with join_world() as world:
+        return train(settings, world)
+
+
+def train(settings: Settings, world: World) -> float:
+    """What :func:`run` does, as one of the processes that train together."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    checkpoint = Checkpoint("vowels", settings.out)
+    console = Console(highlight=False, quiet=not world.leads)
+    checkpoint = Checkpoint("vowels", settings.out, world)
     saved = None
     if settings.resume:
         settings, saved = checkpoint.load(settings)
     torch.set_num_threads(settings.threads)
-    device = find_device(settings.device)
+    device = world.device(settings.device)
     data = load_vowels(settings.data or SHIPPED)
 
     torch.manual_seed(settings.seed)
-    sides = make_sides(settings, data, device)
+    sides = make_sides(settings, data, device, world)
     standardize = Standardize.fit(frames for frames, _ in data.train)
     # Order and noise have a generator of their own: they are the same whatever the model draws.
     generator = torch.Generator().manual_seed(settings.seed)
@@ -112,16 +118,8 @@ def run(settings: Settings) -> float:
         generator=generator,
     )
     if saved is not None:
-        if saved["data"] != data.digest:
-            raise RecipeError(
-                f"{checkpoint.path} was trained on other data: give the same --data, or start "
-                "again without --resume"
-            )
-        for side, state in zip(sides, saved["sides"], strict=True):
-            side.load_state_dict(state)
+        checkpoint.restore_training(saved, data.digest, sides, generator)
         standardize.load_state_dict(saved["standardize"])
-        generator.set_state(saved["generator"])
-        checkpoint.restore_random(saved)
 
     checkpoint.make_directory()
     introduce(console, settings, data, sides[0].model)
@@ -132,32 +130,25 @@ def run(settings: Settings) -> float:
     ):
         for epoch in range(first_epoch, settings.epochs + 1):
             progress.start_epoch(epoch)
-            right = 0
+            right = torch.zeros((), device=device)
             for x, lengths, speakers in batches:
                 x = standardize(x)
                 x = (x + settings.noise * torch.randn(x.shape, generator=generator)).to(device)
-                speakers = speakers.to(device)
+                mine, weight = world.share(len(x))
+                batch = x[mine], lengths[mine], speakers[mine].to(device)
                 for side in in_turn(sides):
                     with side.timed():
-                        scores = train_step(side, x, lengths, speakers, settings.max_norm)
+                        scores = train_step(side, *batch, weight, settings.max_norm)
                     if side is sides[0]:
-                        right += (scores.argmax(1) == speakers).sum()
+                        right += weight * len(x) * (scores.argmax(1) == batch[2]).float().mean()
                 progress.advance()
             for side in sides:
                 side.finish_epoch()
             loss = statistics.fmean(sides[0].losses[-len(batches) :])
-            share = right / len(data.train)
+            share = world.mean(right) / len(data.train)
             progress.finish_epoch(f"training loss {loss:.4f}, {share:6.1%} right")
-            checkpoint.save(
-                settings,
-                epoch,
-                {
-                    "data": data.digest,
-                    "sides": [side.state_dict() for side in sides],
-                    "standardize": standardize.state_dict(),
-                    "generator": generator.get_state(),
-                },
-            )
+            state = training_state(data.digest, sides, generator)
+            checkpoint.save(settings, epoch, state | {"standardize": standardize.state_dict()})
     seconds = time.perf_counter() - started
 
     targets = torch.tensor([speaker for _, speaker in data.test])
@@ -170,20 +161,15 @@ def run(settings: Settings) -> float:
     norms = sides[0].norms
     plot = settings.out / "gradient_norms.png"
     title = f"vowels: {settings.epochs} epochs, seed {settings.seed}"
-    plot_gradient_norms(plot, norms, settings.max_norm, len(batches), title)
-    if first_epoch > settings.epochs:
-        trained = f"{settings.epochs} epochs, all before; --resume --epochs N goes on to N"
-    else:
-        trained = f"epochs {first_epoch}–{settings.epochs} in {seconds:.1f} s"
+    if world.leads:
+        plot_gradient_norms(plot, norms, settings.max_norm, len(batches), title)
     summarize(
         console,
         f"{shares[0]:.1%} of the test utterances got the right name "
         f"({int((named[0] == targets).sum())} of {len(targets)})",
         {
             "mistakes": mistakes(named[0], targets, data.speakers),
-            "trained": trained,
-            "clipped": f"{sum(norm > settings.max_norm for norm in norms)} of {len(norms)} steps, "
-            f"at norm {settings.max_norm:g}",
+            **training_facts(settings, first_epoch, seconds, norms),
             "plot": str(plot),
             "checkpoint": str(checkpoint.path),
         },
@@ -191,14 +177,14 @@ def run(settings: Settings) -> float:
     return shares[0]
 
 
-def make_sides(settings: Settings, data: Vowels, device: torch.device) -> list[Side]:
+def make_sides(settings: Settings, data: Vowels, device: torch.device, world: World) -> list[Side]:
     """One side by fastrnn; with `--compare` another by torch, from the same weights."""
 
     def side(name: str, kind: type[fastrnn.LSTM | PackedLSTM], clip: Clip) -> Side:
         lstm = kind(data.coefficients, settings.hidden, batch_first=True, bidirectional=True)
         model = SpeakerClassifier(lstm, len(data.speakers)).to(device)
         optimizer = torch.optim.Adam(model.parameters(), settings.lr)
-        return Side(name, model, optimizer, clip, synchronize=settings.compare)
+        return Side(name, model, optimizer, clip, synchronize=settings.compare, world=world)
 
     sides = [side("fastrnn", fastrnn.LSTM, fastrnn.clip_grad_norm_)]
     if settings.compare:
@@ -207,12 +193,14 @@ def make_sides(settings: Settings, data: Vowels, device: torch.device) -> list[S
     return sides
 
 
-def train_step(side: Side, x: Tensor, lengths: Tensor, speakers: Tensor, max_norm: float) -> Tensor:
+def train_step(
+    side: Side, x: Tensor, lengths: Tensor, speakers: Tensor, weight: float, max_norm: float
+) -> Tensor:
     """One step of gradient descent. Returns the scores before it, `[B, speakers]`."""
-    side.model.train()
+    side.replica.train()
     side.optimizer.zero_grad()
-    scores: Tensor = side.model(x, lengths)
-    loss = F.cross_entropy(scores, speakers)
+    scores: Tensor = side.replica(x, lengths)
+    loss = weight * F.cross_entropy(scores, speakers)
     loss.backward()
     norm = side.clip(side.model.parameters(), max_norm)
     side.optimizer.step()

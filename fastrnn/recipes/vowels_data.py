@@ -5,23 +5,16 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import lzma
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from fastrnn.recipes.errors import RecipeError
-
-SHIPPED = Path(__file__).parent / "data"
-
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".txt": open, ".xz": lzma.open, ".gz": gzip.open}
+from fastrnn.recipes.text_files import SHIPPED, digest, read_text
 
 Utterance = tuple[Tensor, int]
 """Frames `[T, I]` and the index of their speaker."""
@@ -58,7 +51,7 @@ def load_vowels(directory: Path = SHIPPED) -> Vowels:
         RecipeError: a file is missing, or not as `data/vowels.md` describes it; with the line.
     """
     train_path, test_path = (_find(directory, f"vowels_{part}") for part in ("train", "test"))
-    train_text, test_text = _read(train_path), _read(test_path)
+    train_text, test_text = read_text(train_path), read_text(test_path)
     train = _parse(train_path, train_text)
     coefficients = len(train[0].frames[0])
     test = _parse(test_path, test_text, coefficients)
@@ -74,8 +67,8 @@ def load_vowels(directory: Path = SHIPPED) -> Vowels:
         raise RecipeError(
             f"{train_path}: expected utterances of at least two speakers, got only {speakers[0]!r}"
         )
-    digest = hashlib.sha256(f"{train_text}\0{test_text}".encode()).hexdigest()
-    return Vowels(_tensors(train, speakers), _tensors(test, speakers), speakers, digest)
+    sets = [_tensors(part, speakers) for part in (train, test)]
+    return Vowels(sets[0], sets[1], speakers, digest(train_text, test_text))
 
 
 @dataclass
@@ -103,16 +96,6 @@ def _find(directory: Path, name: str) -> Path:
             f"{' and '.join(path.name for path in found) or 'none'}"
         )
     return found[0]
-
-
-def _read(path: Path) -> str:
-    try:
-        with _OPENERS[path.suffix](path, "rt", encoding="utf-8") as file:
-            return file.read()
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"cannot read {path} ({error}): expected text in UTF-8, compressed as the name says"
-        ) from error
 
 
 def _parse(path: Path, text: str, coefficients: int | None = None) -> list[_Parsed]:

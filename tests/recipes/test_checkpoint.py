@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastrnn.recipes.checkpoint import Checkpoint
+from fastrnn.recipes.distributed import World
 from fastrnn.recipes.errors import RecipeError
 from fastrnn.recipes.vowels import Settings
 
@@ -20,6 +21,15 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
     _, state = checkpoint.load(Settings())
     checkpoint.restore_random(state)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_one_rank_writes_and_all_know_the_epoch(tmp_path: Path) -> None:
+    other = Checkpoint("vowels", tmp_path, World(rank=1, size=2))
+    other.save(Settings(), 3, {})
+    assert not list(tmp_path.iterdir())
+    assert other.epoch == 3
+    Checkpoint("vowels", tmp_path, World(rank=0, size=2)).save(Settings(), 3, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(

@@ -26,8 +26,9 @@ def test_help_lists_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
+    width = max(map(len, RECIPES))
     for name, summary in RECIPES.items():
-        assert f"{name}  {summary}" in out
+        assert f"{name:{width}}  {summary}" in out
 
 
 def test_no_arguments_is_a_question_for_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from fastrnn.recipes import vowels
 from fastrnn.recipes.command_line import main
+from tests.recipe_runs import checkpoint, flat
 
 
 @pytest.fixture(scope="session")
@@ -32,22 +33,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(data: Path) -> list[str]:
     """A command line for a run of less than a second, but for --out."""
     return ["vowels", "--data", str(data), "--hidden", "5", "--batch-size", "8", "--epochs", "3"]
-
-
-def checkpoint(out: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
-    return state
-
-
-def flat(value: Any) -> Any:
-    """A checkpoint without its times, as plain values that can be compared exactly."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: flat(part) for key, part in value.items() if key != "seconds"}
-    if isinstance(value, (list, tuple)):
-        return [flat(part) for part in value]
-    return value
 
 
 def test_loss_falls_on_the_real_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
