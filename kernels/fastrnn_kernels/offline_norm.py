@@ -1,0 +1,259 @@
+"""Compiles the norm kernel for GPUs that are not here, and examines the machine code.
+
+    python -m fastrnn_kernels.offline_norm --help
+
+It is to offline.py what gradient_norm.py is to the LSTM's kernels. The rules:
+
+- no register spills and no local memory;
+- registers and shared memory of as many programs as gradient_table.py takes to be resident;
+- gradients of each dtype are loaded, and stored, 16 bytes at a time;
+- all loads of a block that is summed come before the first use of one (NVIDIA; in the rescaling
+  the compiler of Triton 3.6 mixes them);
+- the barrier's arrivals are releases, its waits acquires, with a barrier of the program's threads
+  on either side;
+- no floating-point atomics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import difflib
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from .gradient_kernel import gradient_norm_kernel
+from .gradient_norm import BLOCK_BYTES, COMBINE_BLOCK, THREADS, launch_options
+from .gradient_table import KINDS, PROGRAMS_PER_MULTIPROCESSOR
+from .offline import TARGETS, barrier_faults, run_tool
+from .tiling import CHIPS
+
+POINTERS = {"table_ptr": "*i64", "arrivals_ptr": "*i32"}
+POINTERS |= {"partials_ptr": "*fp32", "nonfinite_ptr": "*fp32"}
+REGISTERS_OF_A_MULTIPROCESSOR = 65_536
+REGISTERS_OF_AN_AMD_LANE = 512  # of each of the four vector units
+BLOCK_LOADS = BLOCK_BYTES // (16 * THREADS)  # of 16 bytes, by a thread
+LOADS = len(KINDS) * BLOCK_LOADS
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """One compilation; gradients may have all dtypes in each, `dtype` is the norm's."""
+
+    chip: str
+    norm: str
+    dtype: str
+    rounds: bool
+    scale: bool
+    zero_nonfinite: bool
+
+    @property
+    def name(self) -> str:
+        """A line's beginning in the table and the snapshot."""
+        options = ("rounds", self.rounds), ("scale", self.scale), ("zero", self.zero_nonfinite)
+        words = " ".join(f"{name if given else '-':6}" for name, given in options)
+        return f"{self.chip:6} norm-{self.norm:3} {self.dtype:5}{words}"
+
+
+@dataclass
+class NormReport:
+    """What the machine code of one case uses, and which rules it breaks."""
+
+    case: NormCase
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    wide_loads: int = 0
+    wide_stores: int = 0
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def line(self) -> str:
+        """One line of the table."""
+        verdict = "; ".join(self.faults) if self.faults else "ok"
+        return (
+            f"{self.case.name} reg {self.registers:<4}spill {self.spills:<4}shared {self.shared:<7}"
+            f"ld16 {self.wide_loads:<4}st16 {self.wide_stores:<4}{verdict}"
+        )
+
+
+def cases(chips: Iterable[str], *, quick: bool = False) -> list[NormCase]:
+    """Each norm and each way to round it, for each chip; with `quick` the longest kernel of each.
+
+    sm_90 has the others as well then.
+    """
+    chosen = []
+    for chip in chips:
+        chosen.append(NormCase(chip, "2", "bf16", True, True, True))
+        if not quick or chip == "sm_90":
+            chosen.append(NormCase(chip, "2", "fp32", False, True, False))
+            chosen.append(NormCase(chip, "inf", "fp32", True, True, False))
+        if not quick:
+            chosen.append(NormCase(chip, "1", "fp16", True, True, False))
+            chosen.append(NormCase(chip, "inf", "fp16", True, True, True))
+            chosen.append(NormCase(chip, "2", "fp32", False, False, False))
+    return chosen
+
+
+def source(case: NormCase) -> ASTSource:
+    """The kernel with the signature that its launcher gives it."""
+    constants: dict[str, object] = {
+        "NORM": case.norm,
+        "ROUND_NORMS": case.rounds,
+        "SCALE": case.scale,
+        "ZERO_NONFINITE": case.zero_nonfinite,
+        "BLOCK_BYTES": BLOCK_BYTES,
+        "COMBINE_BLOCK": COMBINE_BLOCK,
+    }
+    signature, attributes = {}, {}
+    for index, name in enumerate(gradient_norm_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, f"*{case.dtype}")
+            if name != "nonfinite_ptr":
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "max_norm" else "i32"
+    names = gradient_norm_kernel.arg_names
+    compiled_in = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    return ASTSource(
+        fn=gradient_norm_kernel, signature=signature, constexprs=compiled_in, attrs=attributes
+    )
+
+
+def examine(case: NormCase) -> NormReport:
+    """Compiles one case and applies the rules."""
+    report = NormReport(case)
+    chip = CHIPS[case.chip]
+    options = launch_options(chip.warp_size, is_nvidia=chip.architecture.startswith("sm_"))
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(source(case), target=TARGETS[case.chip], options=options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        report.faults.append(f"does not compile: {type(error).__name__} {reason[-1:]}")
+        return report
+    report.seconds = time.perf_counter() - start
+    report.shared = compiled.metadata.shared
+    if report.shared * PROGRAMS_PER_MULTIPROCESSOR > chip.shared_memory:
+        report.faults.append("shared memory of too few programs")
+    if "cubin" in compiled.asm:
+        _examine_nvidia(report, compiled.asm)
+    else:
+        _examine_amd(report, compiled.asm["amdgcn"])
+    if report.spills:
+        report.faults.append("spills")
+    phases = 1 + case.scale
+    if report.wide_loads < phases * LOADS:
+        report.faults.append("gradients are not loaded 16 bytes at a time")
+    if report.wide_stores < case.scale * LOADS:
+        report.faults.append("gradients are not stored 16 bytes at a time")
+    return report
+
+
+def _examine_nvidia(report: NormReport, asm: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        sass = run_tool("cuobjdump", "-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    if found is None:
+        report.faults.append("cuobjdump does not report the registers")
+        return
+    report.registers, stack, local = (int(number) for number in found.groups())
+    report.spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    # They are given out to a warp by the 256, that is 8 a thread.
+    registers = -(-report.registers // 8) * 8 * THREADS
+    if registers * PROGRAMS_PER_MULTIPROCESSOR > REGISTERS_OF_A_MULTIPROCESSOR:
+        report.faults.append("registers of too few programs")
+    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", sass, re.M)
+    report.wide_loads = sum(name.startswith("LDG.E.128") for name in instructions)
+    report.wide_stores = sum(name.startswith("STG.E.128") for name in instructions)
+    arithmetic = re.compile(r"F(?:FMA|MUL|ADD|MNMX)|V?IMNMX")
+    order = "".join(
+        "L" if name.startswith("LDG.E.128") else "." if arithmetic.match(name) else ""
+        for name in instructions
+    )
+    runs = [len(run) for run in re.findall("L+", order)][: len(KINDS)]
+    if runs != [BLOCK_LOADS] * len(KINDS):
+        report.faults.append("a block is used before it is loaded as a whole")
+    report.faults += barrier_faults(asm["ptx"], sass)
+    if re.search(r"\b(?:red|atom)\.[\w.:]*(?:f16|f32|bf16)", asm["ptx"]):
+        report.faults.append("floating-point atomics")
+
+
+def _examine_amd(report: NormReport, text: str) -> None:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    report.registers = number("vgpr_count")
+    report.spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    warps = THREADS // CHIPS[report.case.chip].warp_size
+    if report.registers * warps * PROGRAMS_PER_MULTIPROCESSOR > 4 * REGISTERS_OF_AN_AMD_LANE:
+        report.faults.append("registers of too few programs")
+    report.wide_loads = len(re.findall(r"\b(?:global|buffer|flat)_load_dwordx4", text))
+    report.wide_stores = len(re.findall(r"\b(?:global|buffer|flat)_store_dwordx4", text))
+    if not re.search(r"buffer_inv sc1", text):
+        report.faults.append("the wait is not an acquire at agent scope")
+    if not re.search(r"buffer_wbl2 sc1", text):
+        report.faults.append("the arrival is not a release at agent scope")
+    if re.search(r"\b(?:global|flat|buffer)_atomic_(?:pk_)?add_(?:f|bf)", text):
+        report.faults.append("floating-point atomics")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns 1 if a rule is broken."""
+    parser = argparse.ArgumentParser(prog="python -m fastrnn_kernels.offline_norm")
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--chip", action="append", choices=list(TARGETS), help="only this chip")
+    parser.add_argument("--quick", action="store_true", help="a representative part")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at the same time (1)")
+    parser.add_argument("--snapshot", type=Path, help="write the table to this file")
+    parser.add_argument("--check", type=Path, help="fail if the table differs from this file's")
+    given = parser.parse_args(arguments)
+    chips = given.chip or list(TARGETS)
+    chosen = cases(chips, quick=given.quick)
+    lines, faulty = [], 0
+    with concurrent.futures.ProcessPoolExecutor(given.jobs) as pool:
+        for report in pool.map(examine, chosen):
+            lines.append(report.line)
+            faulty += bool(report.faults)
+            print(f"{report.line}  ({report.seconds:.1f} s)", flush=True)
+    if given.snapshot:
+        given.snapshot.write_text("\n".join([f"triton {triton.__version__}", *lines, ""]))
+    print(f"{len(chosen)} cases, {faulty} faulty")
+    changes = difference(given.check, chosen, lines) if given.check else []
+    print("\n".join(changes), end="\n" if changes else "")
+    return 1 if faulty or changes else 0
+
+
+def difference(snapshot: Path, chosen: Iterable[NormCase], lines: list[str]) -> list[str]:
+    """How the table differs from the snapshot's lines for the same cases, as a diff.
+
+    Another version of Triton makes other code: nothing is compared then, and nothing differs.
+    """
+    version, *kept = snapshot.read_text().splitlines()
+    if version != f"triton {triton.__version__}":
+        print(f"{snapshot} is of {version}, this is {triton.__version__}: not compared")
+        return []
+    names = tuple(case.name for case in chosen)
+    expected = [line for line in kept if line.startswith(names)]
+    return list(difflib.unified_diff(expected, lines, str(snapshot), "now", n=0, lineterm=""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

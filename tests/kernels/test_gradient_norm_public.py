@@ -1,0 +1,168 @@
+"""fastrnn.clip_grad_norm_ and GradientClipper through the norm kernel, in the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from fastrnn import clip, gradient_norms
+from fastrnn_kernels import gradient_norm
+from fastrnn_kernels.launch import CannotLaunch
+from tests.interpreter import RandomOrder, RunAhead, Schedule, cooperative
+from tests.kernels.gradient_problems import (
+    BF16,
+    F16,
+    F32,
+    INF,
+    assert_equal,
+    by_a_rounding,
+    random,
+    scaled,
+)
+
+pytestmark = pytest.mark.interpreter
+
+
+@contextlib.contextmanager
+def on_kernel(schedule: Schedule | None = None) -> Iterator[mock.Mock]:
+    """The kernel for gradients on the CPU. Yields what counts its launches."""
+    original = gradient_norm.clip_gradients
+
+    def in_five_programs(*arguments: object, **options: object) -> object:
+        return original(*arguments, **options, programs=5)
+
+    launches = mock.Mock(wraps=in_five_programs)
+    with (
+        mock.patch.object(clip, "cpu_groups", lambda grads: None),
+        mock.patch.object(gradient_norms, "can_run_kernel", gradient_norm.can_run),
+        mock.patch.object(gradient_norm, "clip_gradients", launches),
+        cooperative(schedule),
+    ):
+        yield launches
+
+
+def parameters_with(grads: Iterable[Tensor]) -> list[torch.nn.Parameter]:
+    parameters = []
+    for grad in grads:
+        parameter = torch.nn.Parameter(torch.zeros_like(grad))
+        parameter.grad = grad.clone()
+        parameters.append(parameter)
+    return parameters
+
+
+def lstm_gradients(dtype: torch.dtype = F32) -> list[torch.nn.Parameter]:
+    """The parameters of a layer after a backward pass, one without a gradient among them."""
+    layer = fastrnn.LSTM(3, 10, num_layers=2, bidirectional=True)
+    output, _ = layer(torch.randn(5, 4, 3))
+    output.sum().backward()
+    parameters = parameters_with(p.grad.to(dtype) for p in layer.parameters())
+    return [*parameters[:3], torch.nn.Parameter(torch.ones(2)), *parameters[3:]]
+
+
+def assert_same(mine: list[torch.nn.Parameter], theirs: list[torch.nn.Parameter]) -> None:
+    for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        if b.grad is None:
+            assert a.grad is None
+        else:
+            # The norm may differ by a rounding, the coefficient and the product by one more each.
+            assert_equal(f"gradient {index}", a.grad, b.grad, 3 * by_a_rounding(b.grad.dtype))
+
+
+@pytest.mark.parametrize("norm_type", [2, 1.0, INF], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("max_norm", [0.5, 1e4])
+def test_clip_grad_norm_is_torch_s(max_norm: float, dtype: torch.dtype, norm_type: float) -> None:
+    torch.manual_seed(1)
+    mine = lstm_gradients(dtype)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    for a, b in zip(mine, theirs, strict=True):
+        b.grad = None if a.grad is None else a.grad.clone()
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm, norm_type)
+    with on_kernel(RandomOrder(1)) as launches:
+        total_norm = fastrnn.clip_grad_norm_((p for p in mine), max_norm, norm_type)
+    assert launches.call_count == 1
+    assert_equal("total norm", total_norm, expected, by_a_rounding(dtype))
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("value", [math.nan, INF, 1.0])
+def test_error_if_nonfinite(value: float) -> None:
+    mine, theirs = (parameters_with([random(40), torch.tensor([value])]) for _ in range(2))
+    with on_kernel(RunAhead(0)) as launches:
+        if math.isfinite(value):
+            fastrnn.clip_grad_norm_(mine, 1.0, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        else:
+            with pytest.raises(RuntimeError, match="is non-finite, so it cannot be clipped"):
+                fastrnn.clip_grad_norm_(mine, 1.0, error_if_nonfinite=True)
+    assert launches.call_count == 1
+    assert_same(mine, theirs)  # untouched where it raised
+
+
+def test_what_the_kernel_does_not_take_is_torch_s() -> None:
+    for grads, norm_type in (
+        ([random(9)], 3.0),
+        ([random(9), random(4, dtype=torch.float64)], 2.0),
+    ):
+        mine, theirs = parameters_with(grads), parameters_with(grads)
+        with on_kernel() as launches:
+            total_norm = fastrnn.clip_grad_norm_(mine, 1.0, norm_type)
+        assert not launches.called
+        assert_equal("norm", total_norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0, norm_type))
+
+
+def test_a_refused_launch_is_torch_s() -> None:
+    mine, theirs = (parameters_with([random(40), random(7, seed=1)]) for _ in range(2))
+    with on_kernel() as launches:
+        launches.side_effect = CannotLaunch("too many programs")
+        total_norm = fastrnn.clip_grad_norm_(mine, 1.0)
+    assert launches.call_count == 1
+    assert_equal("norm", total_norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0), 1e-6)
+    assert_same(mine, theirs)
+
+
+def test_a_parameter_that_comes_twice() -> None:
+    (parameter,) = parameters_with([random(40)])
+    before = parameter.grad.clone()
+    with on_kernel():
+        total_norm = fastrnn.clip_grad_norm_([parameter, parameter], 1.0)
+    coefficient = 1.0 / (total_norm + 1e-6)
+    assert_equal("norm", total_norm, torch.cat((before, before)).norm(), 1e-6)
+    assert_equal("gradient", parameter.grad, before * coefficient * coefficient, 1e-6)
+
+
+def test_gradient_clipper_norms_and_history() -> None:
+    parameters = parameters_with([random(300), random(20, dtype=BF16), random(3, seed=2)])
+    before = [p.grad.clone() for p in parameters]
+    clipper = fastrnn.GradientClipper(parameters, 1.0, norm_dtype=F32)
+    with on_kernel() as launches:
+        norm = clipper.clip()
+        clipper.clip()
+    assert launches.call_count == 2
+    assert norm.dtype == F32
+    exact = torch.cat([grad.double() for grad in before]).norm()
+    assert abs(float(norm) - float(exact)) <= 1e-6 * float(exact)
+    coefficient = 1.0 / (norm + 1e-6)
+    once = [scaled(grad, coefficient) for grad in before]
+    total = torch.cat([grad.float() for grad in once]).norm()
+    for parameter, grad in zip(parameters, once, strict=True):
+        expected = scaled(grad, torch.clamp(1.0 / (total + 1e-6), max=1.0))
+        assert_equal("gradient", parameter.grad, expected, by_a_rounding(grad.dtype))
+
+
+@pytest.mark.parametrize("value", [math.nan, INF])
+def test_gradient_clipper_zeroes(value: float) -> None:
+    parameters = parameters_with([random(300), torch.tensor([value, 1.0])])
+    clipper = fastrnn.GradientClipper(parameters, 1.0, nonfinite="zero")
+    with on_kernel() as launches:
+        norm = clipper.clip()
+    assert launches.call_count == 1
+    assert not norm.isfinite()
+    assert all(p.grad.eq(0).all() for p in parameters)
