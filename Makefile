@@ -55,6 +55,7 @@ format: $(INSTALLED_DEV) ## Format, and mend what ruff can mend
 
 offline: $(INSTALLED_DEV) ## Compile every kind of kernel for four chips, and compare with the snapshots
 	OMP_NUM_THREADS=1 $(PY) -m fastrnn_kernels.offline --jobs $(JOBS) --check kernels/offline_kinds.txt
+	OMP_NUM_THREADS=1 $(PY) -m fastrnn_kernels.offline_norm --jobs $(JOBS) --check kernels/offline_norm.txt
 
 bench: $(INSTALLED_DEV) ## Measure what this machine can: the CPU, and the GPU if there is one
 	$(PY) -m bench cpu $(ARGS)

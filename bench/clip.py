@@ -37,7 +37,7 @@ from bench.measure import Advance, guarded
 from bench.results_file import Record
 from bench.runner import NO_LIMITS, Job, Limits
 from bench.timing import interleave, speedup, spread
-from fastrnn.gradient_norms import can_run_kernel
+from fastrnn.clip.gradient_norms import can_run_kernel
 
 ROUNDS = (15, 300)  # at least, at most
 

@@ -5,8 +5,7 @@ and nothing is patched before :func:`patched` is entered.
 """
 
 from fastrnn.backends import backends
-from fastrnn.clip import clip_grad_norm_
-from fastrnn.clipper import GradientClipper
+from fastrnn.clip import GradientClipper, clip_grad_norm_
 from fastrnn.convert import convert, patched, revert
 from fastrnn.lstm import LSTM
 from fastrnn.tune import tune

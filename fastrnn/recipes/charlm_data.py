@@ -22,16 +22,18 @@ LEAST = 1000
 
 @dataclass(frozen=True)
 class Text:
-    """A text in two parts, each a run of consecutive characters.
+    """A text in three parts, each a run of consecutive characters.
 
     Attributes:
-        train: indices of the characters to learn from, int64: the first 90 in 100.
+        train: indices of the characters to learn from, int64: the first 85 in 100.
+        valid: those to watch training by, and to choose settings by: the 5 in 100 after them.
         test: those to be told by: the last 10 in 100.
         characters: by their indices, sorted; those of the whole text.
         digest: of the text. Equal digests mean equal data.
     """
 
     train: Tensor
+    valid: Tensor
     test: Tensor
     characters: str
     digest: str
@@ -55,8 +57,9 @@ def load_text(path: Path = PLAYS) -> Text:
     characters = "".join(sorted(set(text)))
     index = {character: i for i, character in enumerate(characters)}
     indices = torch.tensor([index[character] for character in text])
-    train, test = indices.tensor_split([len(text) * 90 // 100])
-    return Text(train, test, characters, digest(text))
+    ends = [len(text) * percent // 100 for percent in (85, 90)]
+    train, valid, test = indices.tensor_split(ends)
+    return Text(train, valid, test, characters, digest(text))
 
 
 def cut_streams(indices: Tensor, streams: int, skip: int = 0) -> tuple[Tensor, Tensor]:

@@ -5,4 +5,5 @@ modules, which do:
 
     from fastrnn_kernels.lstm_forward import lstm_forward
     from fastrnn_kernels.lstm_backward import lstm_backward
+    from fastrnn_kernels.gradient_norm import clip_gradients
 """

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import clip, gradient_norms
+from fastrnn.clip import clip_grad_norm as clip
+from fastrnn.clip import gradient_norms
 from fastrnn_kernels import gradient_norm
 from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import RandomOrder, RunAhead, Schedule, cooperative

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 import fastrnn
 from fastrnn import GradientClipper, clip_grad_norm_
-from fastrnn.clip_history import Ring
+from fastrnn.clip.history import Ring
 
 inf, nan = math.inf, math.nan
 SHAPES = [(5, 3), (7,), (1, 65), ()]

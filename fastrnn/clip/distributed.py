@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from fastrnn.gradient_norms import Clipped, clip_coefficient, scale_gradients
-from fastrnn.gradient_norms import clip_gradients as clip_local_gradients
+from fastrnn.clip.gradient_norms import Clipped, clip_coefficient, scale_gradients
+from fastrnn.clip.gradient_norms import clip_gradients as clip_local_gradients
 
 _SHARDED = (Shard, _StridedShard)  # the latter: where FSDP2 shards what tensor parallelism sharded
 

@@ -29,7 +29,8 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from fastrnn import GradientClipper, clip_distributed, clip_grad_norm_
+from fastrnn import GradientClipper, clip_grad_norm_
+from fastrnn.clip import distributed as clip_distributed
 
 inf, nan = math.inf, math.nan
 torch_clip_grad_norm_ = nn.utils.clip_grad_norm_

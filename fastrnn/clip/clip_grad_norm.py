@@ -13,7 +13,7 @@ Results equal torch's bit by bit, with two exceptions:
   `torch.set_flush_denormal(True)`, does not happen where nothing is clipped.
 
 Gradients on a CUDA device go to a Triton kernel, one launch for all of them, where
-`gradient_norms.can_run_kernel` knows no reason against it; DTensors to `clip_distributed`, where
+`gradient_norms.can_run_kernel` knows no reason against it; DTensors to `distributed`, where
 `why_torch` knows none. Limits: everything else, and graphs under `torch.compile`, go to torch's own
 function, unchanged.
 """
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_norm_ as _torch_clip_grad_norm_
 
-from fastrnn import gradient_norms
-from fastrnn.gradient_norms import cpu_groups, scale_cpu_groups_, tensor_norms
+from fastrnn.clip import gradient_norms
+from fastrnn.clip.gradient_norms import cpu_groups, scale_cpu_groups_, tensor_norms
 
 __all__ = ["clip_grad_norm_"]
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastrnn.clip_fused import FusedStep, why_unfused
-from fastrnn.clip_groups import Parameters, read_groups
-from fastrnn.clip_history import History, Ring
-from fastrnn.gradient_norms import (
+from fastrnn.clip.fused_step import FusedStep, why_unfused
+from fastrnn.clip.gradient_norms import (
     Clipped,
     clip_coefficient,
     clip_gradients,
     refuse_nonfinite,
     scale_gradients,
 )
+from fastrnn.clip.groups import Parameters, read_groups
+from fastrnn.clip.history import History, Ring
 
 __all__ = ["GradientClipper"]
 
@@ -326,7 +326,7 @@ class GradientClipper:
             ModuleNotFoundError: matplotlib is missing; `pip install "fastrnn[demo]"` brings it.
             ValueError: nothing is recorded.
         """
-        from fastrnn.clip_plot import plot_history
+        from fastrnn.clip.plot import plot_history
 
         plot_history(path, self.history(), title)
 

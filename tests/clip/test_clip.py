@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastrnn import GradientClipper, clip, gradient_norms
-from fastrnn.clip import clip_grad_norm_
+from fastrnn import GradientClipper
+from fastrnn.clip import clip_grad_norm as clip
+from fastrnn.clip import clip_grad_norm_, gradient_norms
 from fastrnn_kernels.launch import CannotLaunch
 
 torch_clip_grad_norm_ = nn.utils.clip_grad_norm_

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrnn.clip_history import History
+from fastrnn.clip.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,7 @@
 
 :func:`clip_gradients` is the seam to the Triton kernel: it does in PyTorch what the kernel's
 launcher does in one launch, and calls the launcher where :func:`can_run_kernel` knows no reason
-against it. DTensors go to `clip_distributed`. Gradients on the CPU are asked for their norm, which
+against it. DTensors go to `distributed`. Gradients on the CPU are asked for their norm, which
 is free there, and what nothing has to be done to is not written.
 
 Everything here is to be called without autograd.
@@ -81,7 +81,7 @@ def clip_gradients(
         Total norm, coefficient, and each gradient's norm.
 
     Raises:
-        NotImplementedError: DTensors of a kind that `clip_distributed` does not take.
+        NotImplementedError: DTensors of a kind that `distributed` does not take.
     """
     if (distributed := distributed_module(grads)) is not None:
         found: Clipped = distributed.clip_gradients(
@@ -212,13 +212,13 @@ def _kernel_module() -> Any:
 
 
 def distributed_module(grads: Sequence[Tensor]) -> ModuleType | None:
-    """Return `clip_distributed` where a gradient is a DTensor."""
+    """Return `distributed` where a gradient is a DTensor."""
     if set(map(type, grads)) == {Tensor}:
         return None
     dtensor = sys.modules.get("torch.distributed.tensor")  # not imported: there can be none
     if dtensor is None or not any(isinstance(grad, dtensor.DTensor) for grad in grads):
         return None
-    return importlib.import_module("fastrnn.clip_distributed")
+    return importlib.import_module("fastrnn.clip.distributed")
 
 
 @functools.cache
