@@ -8,17 +8,12 @@ other kind is a mutant that was made wrongly.
 from __future__ import annotations
 
 import importlib
-import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-import fastrnn_kernels
 from tests.interpreter import Deadlock, RandomOrder, RunAhead, Starve
 from tests.kernels.gradient_problems import (
     BF16,
@@ -35,10 +30,10 @@ from tests.kernels.gradient_problems import (
     watched,
     without_empty,
 )
+from tests.kernels.mutants import mutated
 
 pytestmark = pytest.mark.interpreter
 
-PACKAGE = Path(fastrnn_kernels.__file__).parent
 KERNEL, TABLE, BARRIER = "gradient_kernel.py", "gradient_table.py", "grid_barrier.py"
 
 
@@ -209,29 +204,6 @@ MUTANTS = [
 ]
 
 
-def load_mutant(mutant: Mutant, folder: Path) -> ModuleType:
-    """A copy of the package under a name of its own, with the replacement made."""
-    name = "mutant_of_fastrnn_kernels"
-    copy = folder / name
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    file = copy / mutant.file
-    text = file.read_text()
-    assert text.count(mutant.old) == mutant.count, (
-        f"{mutant.old!r} stands {text.count(mutant.old)} times"
-    )
-    file.write_text(text.replace(mutant.old, mutant.new))
-    importlib.invalidate_caches()
-    return importlib.import_module(f"{name}.gradient_norm")
-
-
-@pytest.fixture
-def mutant_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("mutant_of_fastrnn_kernels")]:
-        del sys.modules[name]
-
-
 def check(module: ModuleType) -> None:
     """Raises if this module's kernel does something wrong, or nothing."""
     check_clip(mixed(), module=module)
@@ -284,7 +256,10 @@ def test_the_kernel_itself_passes() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_mutant_is_caught(mutant: Mutant, mutant_folder: Path) -> None:
-    module = load_mutant(mutant, mutant_folder)
-    with pytest.raises((AssertionError, Deadlock)):
+def test_mutant_is_caught(mutant: Mutant) -> None:
+    change = (mutant.file, mutant.old, mutant.new, mutant.count)
+    with (
+        mutated(*change, module="gradient_norm") as module,
+        pytest.raises((AssertionError, Deadlock)),
+    ):
         check(module)

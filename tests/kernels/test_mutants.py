@@ -8,18 +8,15 @@ kind is a mutant that was made wrongly.
 from __future__ import annotations
 
 import importlib
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-import fastrnn_kernels
 from fastrnn_kernels.tiling import Tile
 from tests.interpreter import Deadlock, RandomOrder, RoundRobin, RunAhead, Starve
+from tests.kernels.mutants import mutated
 from tests.kernels.problems import (
     BACKWARD_NAMES,
     FORWARD_NAMES,
@@ -32,8 +29,6 @@ from tests.kernels.problems import (
 )
 
 pytestmark = pytest.mark.interpreter
-
-PACKAGE = Path(fastrnn_kernels.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -284,29 +279,6 @@ MUTANTS = [
 ]
 
 
-def load_mutant(mutant: Mutant, folder: Path) -> ModuleType:
-    """A copy of the package under a name of its own, with the replacement made."""
-    name = "mutant_of_fastrnn_kernels"
-    copy = folder / name
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    file = copy / mutant.file
-    text = file.read_text()
-    assert text.count(mutant.old) == mutant.count, (
-        f"{mutant.old!r} stands {text.count(mutant.old)} times"
-    )
-    file.write_text(text.replace(mutant.old, mutant.new))
-    importlib.invalidate_caches()
-    return importlib.import_module(f"{name}.lstm_{mutant.which}")
-
-
-@pytest.fixture
-def mutant_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("mutant_of_fastrnn_kernels")]:
-        del sys.modules[name]
-
-
 def trials(module: ModuleType) -> Iterator[tuple[Problem, Tile, object]]:
     """Problems that between them exercise every line, each under its schedule."""
     # Mutants may write a few rows too many: there is room for them.
@@ -338,7 +310,10 @@ def test_the_kernels_themselves_pass(which: str) -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
-def test_mutant_is_caught(mutant: Mutant, mutant_folder: Path) -> None:
-    module = load_mutant(mutant, mutant_folder)
-    with pytest.raises((AssertionError, Deadlock)):
+def test_mutant_is_caught(mutant: Mutant) -> None:
+    change = (mutant.file, mutant.old, mutant.new, mutant.count)
+    with (
+        mutated(*change, module=f"lstm_{mutant.which}") as module,
+        pytest.raises((AssertionError, Deadlock)),
+    ):
         check(module, mutant.which)
