@@ -24,9 +24,11 @@ class PackedLSTM(nn.LSTM):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor
+        self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """As :class:`fastrnn.LSTM`, for a padded `x` and `lengths [B]` on the CPU."""
+        """As :class:`fastrnn.LSTM`, for a padded `x` and `lengths [B]` on the CPU, or none."""
+        if lengths is None:
+            return super().forward(x, hx)
         packed = pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False)
         out, states = super().forward(packed, hx)
         steps = x.shape[1 if self.batch_first else 0]

@@ -87,24 +87,11 @@ class Settings(TrainingSettings):
     data: Annotated[Path | None, Option("dictionary of your own", metavar="FILE")] = None
 
 
-class PackedDecoder(PackedLSTM):
-    """A PackedLSTM that packs only where there is something to pack: not for a single step."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """As :class:`fastrnn.LSTM`, for a padded `x`."""
-        if lengths is None:
-            return nn.LSTM.forward(self, x, hx)
-        return super().forward(x, hx, lengths=lengths)
-
-
 class Pronouncer(nn.Module):
     """An encoder of letters, and a decoder that writes phonemes.
 
     Args:
-        encoder: the class of its LSTM.
-        decoder: the class of its LSTM.
+        kind: the class of both LSTMs.
         letters: how many there are.
         phonemes: how many there are, the boundary included.
         hidden: H, units of the decoder, and of the encoder in each direction.
@@ -112,18 +99,17 @@ class Pronouncer(nn.Module):
 
     def __init__(
         self,
-        encoder: type[fastrnn.LSTM | PackedLSTM],
-        decoder: type[fastrnn.LSTM | PackedDecoder],
+        kind: type[fastrnn.LSTM | PackedLSTM],
         letters: int,
         phonemes: int,
         hidden: int,
     ) -> None:
         super().__init__()
         self.letters = nn.Embedding(letters, hidden)
-        self.encoder = encoder(hidden, hidden, batch_first=True, bidirectional=True)
+        self.encoder = kind(hidden, hidden, batch_first=True, bidirectional=True)
         self.bridge = nn.Linear(2 * hidden, hidden)
         self.phonemes = nn.Embedding(phonemes, hidden)
-        self.decoder = decoder(hidden, hidden, batch_first=True)
+        self.decoder = kind(hidden, hidden, batch_first=True)
         self.attention = LuongAttention(hidden, 2 * hidden)
         self.score = nn.Linear(hidden, phonemes)
         for lstm in (self.encoder, self.decoder):
@@ -295,10 +281,10 @@ def make_sides(
         return Side(name, model, optimizer, clip, settings.compare, world)
 
     sizes = (len(data.letters), len(data.phonemes), settings.hidden)
-    ours = Pronouncer(fastrnn.LSTM, fastrnn.LSTM, *sizes)
+    ours = Pronouncer(fastrnn.LSTM, *sizes)
     sides = [side("fastrnn", ours, fastrnn.clip_grad_norm_)]
     if settings.compare:
-        theirs = Pronouncer(PackedLSTM, PackedDecoder, *sizes)
+        theirs = Pronouncer(PackedLSTM, *sizes)
         theirs.load_state_dict(ours.state_dict())
         sides.append(side("nn.LSTM, packed", theirs, nn.utils.clip_grad_norm_))
     return sides
