@@ -5,9 +5,19 @@ back-propagation through time: chunk after chunk, each from the state in which t
 so a stream is one sequence of tens of thousands of steps, and memory is that of a chunk. The last
 words of a run are the model's own.
 
-The last tenth of the text is to be told by, as is usual for this one, at the end of a run. It is
-harder than the rest: nearly a third of it is a play that the first nine tenths lack. The number of
-streams, the learning rate and its decay were chosen by the first half of that tenth.
+The learning rate falls to zero over the run, step by step: at step i of n it is `lr (1 - i / n)`. A
+run that was stopped goes on along the same line. One that is resumed with more epochs takes the
+rate up again, to where the line of the longer run is, and goes down along that: it has trained as
+many steps as a run of that length from the start, and is not the same.
+
+The text is cut in three: 85 parts in 100 to learn from, the 5 after them to watch training by, and
+the last tenth, as is usual for this one, to be told by, which is read once, at the end of a run. It
+is hard: its two plays are not among those to learn from.
+
+What was chosen by what: the dropout by the validation part alone; the number of epochs by the time
+they take. The other settings are older than the validation part. The number of streams and the
+learning rate were chosen by the first half of the last tenth, and that the whole of that tenth is
+the test, and not half of it, when a figure of its second half had been seen.
 """
 
 from __future__ import annotations
@@ -28,7 +38,7 @@ from fastrnn.recipes.charlm_data import PLAYS, Text, cut_streams, load_text
 from fastrnn.recipes.checkpoint import Checkpoint, training_state
 from fastrnn.recipes.compare import compare_sides
 from fastrnn.recipes.distributed import World, join_world
-from fastrnn.recipes.errors import RecipeError
+from fastrnn.recipes.errors import RecipeError, UsageError
 from fastrnn.recipes.plots import plot_gradient_norms
 from fastrnn.recipes.progress import training_progress
 from fastrnn.recipes.settings import Option, TrainingSettings
@@ -47,7 +57,7 @@ State = tuple[Tensor, Tensor]
 class Settings(TrainingSettings):
     """What `python -m fastrnn charlm --help` lists."""
 
-    epochs: int = 10
+    epochs: int = 12
     batch_size: Annotated[
         int, Option("streams the text is read in, all processes together", least=1)
     ] = 16
@@ -58,7 +68,9 @@ class Settings(TrainingSettings):
     threads: int = 1
     compare: Annotated[bool, Option("train torch's nn.LSTM beside it, and show both")] = False
     chunk: Annotated[int, Option("characters that gradients reach back, at most", least=1)] = 64
-    decay: Annotated[float, Option("the learning rate's factor after each epoch", above=0)] = 0.8
+    dropout: Annotated[
+        float, Option("share of the LSTM's outputs that a training step leaves out", least=0)
+    ] = 0.2
     sample: Annotated[int, Option("characters to write at the end", least=0, free=True)] = 400
     temperature: Annotated[
         float, Option("of these: below 1, likelier ones are preferred", above=0, free=True)
@@ -67,7 +79,7 @@ class Settings(TrainingSettings):
 
 
 class CharacterModel(nn.Module):
-    """Scores of the next character: `W h_t + b`.
+    """Scores of the next character: `W (h_t * kept_t) + b`.
 
     Args:
         kind: the class of its LSTM.
@@ -82,10 +94,16 @@ class CharacterModel(nn.Module):
         self.score = nn.Linear(hidden, characters)
         init_lstm_(self.lstm)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Characters `[B, T]` to scores `[B, T, V]`, and the state after the last of them."""
+    def forward(
+        self, x: Tensor, state: State | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Characters `[B, T]` to scores `[B, T, V]`, and the state after the last of them.
+
+        What dropout kept comes from outside, `[B, T, H]` by :func:`draw_kept`: drawn in here, it
+        would be another one for each side, and the same for the rows of each process.
+        """
         out, state = self.lstm(self.embed(x), state)
-        return self.score(out), state
+        return self.score(out if kept is None else out * kept), state
 
 
 def run(settings: Settings) -> float:
@@ -117,7 +135,7 @@ def train(settings: Settings, world: World) -> float:
     torch.set_num_threads(settings.threads)
     device = world.device(settings.device)
     text = load_text(settings.data or PLAYS)
-    check_length(settings, text)
+    check_settings(settings, text)
 
     torch.manual_seed(settings.seed)
     sides = make_sides(settings, text, device, world)
@@ -138,24 +156,27 @@ def train(settings: Settings, world: World) -> float:
     ):
         for epoch in range(first_epoch, settings.epochs + 1):
             progress.start_epoch(epoch)
+            done = (epoch - 1) * steps
             skip = int(torch.randint(settings.chunk + 1, (1,), generator=generator))
             x, y = cut_streams(text.train, settings.batch_size, skip)
             x, y = (part[mine, :stream].to(device) for part in (x, y))
             states: dict[str, State | None] = {side.name: None for side in sides}
-            for side in sides:
-                for group in side.optimizer.param_groups:
-                    group["lr"] = settings.lr * settings.decay ** (epoch - 1)
-            for chunk in tbptt_chunks(x, y, None, settings.chunk):
+            for step, chunk in enumerate(tbptt_chunks(x, y, None, settings.chunk), done):
+                rate = settings.lr * (1 - step / (settings.epochs * steps))
+                shape = settings.batch_size, chunk.x.shape[1], settings.hidden
+                kept = draw_kept(shape, settings.dropout, generator)[mine].to(device)
                 for side in in_turn(sides):
+                    set_learning_rate(side.optimizer, rate)
                     with side.timed():
                         states[side.name] = train_step(
-                            side, chunk, states[side.name], weight, settings.max_norm
+                            side, chunk, states[side.name], kept, weight, settings.max_norm
                         )
                 progress.advance()
             for side in sides:
                 side.finish_epoch()
             bits = statistics.fmean(sides[0].losses[-steps:]) / math.log(2)
-            progress.finish_epoch(f"in training {bits:.3f} bits per character")
+            valid = bits_per_character(sides[0].model, text.valid, device)
+            progress.finish_epoch(f"training {bits:.3f}, validation {valid:.3f} bits per character")
             checkpoint.save(settings, epoch, training_state(text.digest, sides, generator))
     seconds = time.perf_counter() - started
 
@@ -185,12 +206,15 @@ def train(settings: Settings, world: World) -> float:
     return results[0]
 
 
-def check_length(settings: Settings, text: Text) -> None:
-    """Refuse a text that has not two chunks for each stream.
+def check_settings(settings: Settings, text: Text) -> None:
+    """Refuse a text that has not two chunks for each stream, and a dropout of everything.
 
     Raises:
         RecipeError: with what would do.
+        UsageError: the same, of an option.
     """
+    if settings.dropout >= 1:
+        raise UsageError(f"--dropout: expected a share below 1, got {settings.dropout:g}")
     needed = 2 * settings.chunk * settings.batch_size
     if len(text.train) < needed:
         raise RecipeError(
@@ -215,13 +239,29 @@ def make_sides(settings: Settings, text: Text, device: torch.device, world: Worl
     return sides
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def draw_kept(shape: tuple[int, ...], dropout: float, generator: torch.Generator) -> Tensor:
+    """Dropout's factors: 0 with probability `dropout`, else `1 / (1 - dropout)`."""
+    return (torch.rand(shape, generator=generator) >= dropout) / (1 - dropout)
+
+
 def train_step(
-    side: Side, chunk: Chunk, state: State | None, weight: float, max_norm: float
+    side: Side,
+    chunk: Chunk,
+    state: State | None,
+    kept: Tensor,
+    weight: float,
+    max_norm: float,
 ) -> State | None:
     """One step of gradient descent, on one chunk. Returns the state after it, detached."""
     side.replica.train()
     side.optimizer.zero_grad()
-    scores, after = side.replica(chunk.x, chunk.enter(state))
+    scores, after = side.replica(chunk.x, chunk.enter(state), kept)
     loss = weight * sequence_loss(scores, chunk.targets, lengths=chunk.lengths)
     loss.backward()
     norm = side.clip(side.model.parameters(), max_norm)
@@ -266,11 +306,12 @@ def introduce(console: Console, settings: Settings, text: Text, model: nn.Module
     weights = sum(parameter.numel() for parameter in model.parameters())
     stream = len(text.train) // settings.batch_size
     console.print(
-        f"[bold]charlm[/]  {len(text.train):,} characters to learn from, {len(text.test):,} to be "
-        f"told by, {len(text.characters)} different ones;\n"
+        f"[bold]charlm[/]  {len(text.train):,} characters to learn from, {len(text.valid):,} to "
+        f"watch by,\n        {len(text.test):,} to be told by, {len(text.characters)} different "
+        f"ones;\n"
         f"        {settings.batch_size} streams of {stream:,} steps, in chunks of "
         f"{settings.chunk}\n"
         f"        LSTM, {settings.hidden} units, {weights:,} weights, on {settings.device}\n"
-        f"        Adam, lr {settings.lr:g}; gradients clipped at norm {settings.max_norm:g}; "
-        f"seed {settings.seed}\n"
+        f"        Adam, lr {settings.lr:g}, falling to 0; dropout {settings.dropout:g}\n"
+        f"        gradients clipped at norm {settings.max_norm:g}; seed {settings.seed}\n"
     )

@@ -244,7 +244,7 @@ def test_a_gpu_adds_launches_and_the_floor_of_a_clip(step: bool) -> None:
 
 def test_the_pytest_benchmark_suite_runs_where_it_is_named() -> None:
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"]
-    # In a worker's environment pytest-benchmark takes itself for one of several, and measures nothing.
+    # In a worker's environment pytest-benchmark takes itself for one of several, and stops.
     alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     found = subprocess.run(
         [*command, "--benchmark-enable", "--benchmark-min-rounds=1", "--benchmark-max-time=0.001"],

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastrnn.recipes import charlm
 from fastrnn.recipes.charlm_data import PLAYS, cut_streams, load_text
+from fastrnn.recipes.checkpoint import Checkpoint
 from fastrnn.recipes.command_line import main
+from fastrnn.recipes.settings import TrainingSettings
 from fastrnn.recipes.text_files import read_text
 from tests.recipe_runs import checkpoint, flat
 
@@ -36,24 +41,78 @@ def test_loss_falls_on_the_real_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     options = "--hidden 48 --chunk 32 --epochs 2 --lr 0.01 --sample 50"
     assert main(["charlm", "--data", str(text), "--out", str(tmp_path), *options.split()]) == 0
     losses = checkpoint(tmp_path)["sides"][0]["losses"]
-    assert len(losses) == 2 * 53
+    assert len(losses) == 2 * 50
     assert losses[0] == pytest.approx(math.log(58), abs=0.3)  # it knows nothing
     assert sum(losses[-20:]) / 20 < 2.9  # 3.3: it knows how frequent each character is
     out = " ".join(capsys.readouterr().out.split())
-    assert "27,000 characters to learn from, 3,000 to be told by, 58 different ones" in out
+    parts = "25,500 characters to learn from, 1,500 to watch by, 3,000 to be told by"
+    assert f"{parts}, 58 different ones" in out
+    assert re.search(r"training \d\.\d{3}, validation \d\.\d{3} bits per character", out)
     assert "bits per character on the test text" in out
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have the next run stopped, as by Ctrl-C, after its checkpoint of an epoch."""
+    save = Checkpoint.save
+
+    def arrange(last: int) -> None:
+        def save_and_stop(
+            self: Checkpoint, settings: TrainingSettings, epoch: int, contents: dict[str, Any]
+        ) -> None:
+            save(self, settings, epoch, contents)
+            if epoch == last:
+                monkeypatch.setattr(Checkpoint, "save", save)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoint, "save", save_and_stop)
+
+    return arrange
 
 
 @pytest.mark.parametrize("compare", [[], ["--compare"]], ids=["alone", "compare"])
 def test_resumed_run_equals_the_uninterrupted_one(
-    small: list[str], tmp_path: Path, compare: list[str]
+    small: list[str], tmp_path: Path, compare: list[str], stop_after: Callable[[int], None]
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*small, *compare, "--out", str(whole)]) == 0
-    assert main([*small, *compare, "--out", str(parts), "--epochs", "1"]) == 0
+    stop_after(1)
+    assert main([*small, *compare, "--out", str(parts)]) == 130
+    assert checkpoint(parts)["epoch"] == 1
     torch.manual_seed(99)  # whatever the process drew in the meantime
-    assert main(["charlm", "--resume", "--out", str(parts), "--epochs", "3"]) == 0
+    assert main(["charlm", "--resume", "--out", str(parts)]) == 0
     assert flat(checkpoint(whole)) == flat(checkpoint(parts))
+
+
+def test_learning_rate_falls_to_zero_and_more_epochs_take_it_up_again(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(charlm, "set_learning_rate", lambda _, rate: rates.append(rate))
+    out = ["--out", str(tmp_path)]
+    assert main([*small, *out, "--lr", "0.5", "--epochs", "2"]) == 0
+    steps = len(rates) // 2
+    assert rates == pytest.approx([0.5 * (1 - i / (2 * steps)) for i in range(2 * steps)])
+    rates.clear()
+    assert main(["charlm", "--resume", *out, "--epochs", "4"]) == 0
+    assert rates == pytest.approx(
+        [0.5 * (1 - i / (4 * steps)) for i in range(2 * steps, 4 * steps)]
+    )
+
+
+def test_the_test_part_is_read_once_at_the_end(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    measure = charlm.bits_per_character
+
+    def spy(model: torch.nn.Module, indices: torch.Tensor, device: torch.device) -> float:
+        read.append(len(indices))
+        return measure(model, indices, device)
+
+    monkeypatch.setattr(charlm, "bits_per_character", spy)
+    assert main([*small, "--out", str(tmp_path)]) == 0
+    assert read == [300, 300, 300, 600]  # of validation after each epoch, then of the test
 
 
 def test_compare_trains_both_sides_alike(
@@ -89,6 +148,38 @@ def test_bits_per_character_carry_the_state_through_the_text() -> None:
     assert bits == pytest.approx(float(nats) / math.log(2), rel=1e-5)
 
 
+def test_dropout_keeps_the_mean_and_is_drawn_from_the_generator() -> None:
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    kept = charlm.draw_kept((40, 50, 60), 0.25, generators[0])
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float(kept.mean()) == pytest.approx(1, abs=0.01)
+    torch.manual_seed(5)
+    assert torch.equal(charlm.draw_kept((40, 50, 60), 0.25, generators[1]), kept)
+    assert torch.equal(charlm.draw_kept((3,), 0.0, generators[0]), torch.ones(3))
+
+
+def test_dropout_is_of_the_lstms_outputs_and_not_of_its_state() -> None:
+    model = charlm.CharacterModel(torch.nn.LSTM, 5, 4)
+    x, kept = torch.randint(5, (2, 9)), torch.ones(2, 9, 4)
+    kept[0, 3], kept[1, 5] = 0, 2
+    plain, state = model(x)
+    dropped, state_with = model(x, None, kept)
+    torch.testing.assert_close(state_with, state)
+    bias = model.score.bias
+    torch.testing.assert_close(dropped[0, 3], bias)
+    torch.testing.assert_close(dropped[1, 5] - bias, 2 * (plain[1, 5] - bias))
+    kept[0, 3] = kept[1, 5] = True
+    torch.testing.assert_close(model(x, None, kept)[0], plain)
+
+
+def test_dropout_of_everything_is_refused(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small, "--out", str(tmp_path / "out"), "--dropout", "1"]) == 2
+    assert "--dropout: expected a share below 1, got 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_streams_read_on_where_the_one_before_ends() -> None:
     x, y = cut_streams(torch.arange(23), 3, skip=1)
     assert x.tolist() == [[*range(1, 8)], [*range(8, 15)], [*range(15, 22)]]
@@ -98,7 +189,8 @@ def test_streams_read_on_where_the_one_before_ends() -> None:
 def test_shipped_text_is_the_published_one() -> None:
     text = load_text()
     assert text.digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    assert (len(text.train), len(text.test)) == (1_003_854, 111_540)
+    assert (len(text.train), len(text.valid), len(text.test)) == (948_084, 55_770, 111_540)
+    assert text.spell(torch.cat([text.train, text.valid, text.test])) == read_text(PLAYS)
     assert len(text.characters) == 65
     assert text.spell(text.train[:14]) == "First Citizen:"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -37,9 +39,11 @@ def test_losses_fall_on_the_real_record(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["gaps", "--out", str(tmp_path), "--epochs", "3", "--lr", "0.01"]) == 0
     for side in checkpoint(tmp_path)["sides"]:
         losses = side["losses"]
-        assert len(losses) == 18
-        assert sum(losses[-6:]) < 0.85 * sum(losses[:6])
+        assert len(losses) == 15
+        assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     out = capsys.readouterr().out
+    shown = r"validation errors: mask 0\.\d{3}, forward fill 0\.\d{3}"
+    assert re.search(shown, " ".join(out.split()))
     assert "9,357 hours from 10 March 2004 to 04 April 2005" in out
     assert "2,416 of them (26%) not fully reported, in 349 holes of up to 173 hours" in out
     for words in ("forward fill", "as now", "as a day before", "CO, mg/m³", "NO₂, µg/m³"):
@@ -77,6 +81,42 @@ def test_compacted_nn_lstm_is_fastrnn_with_a_mask() -> None:
     x, mask = torch.randn(5, 9, 3), torch.rand(5, 9) < 0.6
     mask[0] = True
     torch.testing.assert_close(theirs(x, mask=mask), ours(x, mask=mask))
+
+
+def test_the_test_period_is_read_once_at_the_end(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, tuple[int, int]]] = []
+    measure = gaps.mean_error
+
+    def spy(
+        side: Side, series: gaps.Series, period: tuple[int, int], device: torch.device
+    ) -> torch.Tensor:
+        read.append((side.name, period))
+        return measure(side, series, period, device)
+
+    monkeypatch.setattr(gaps, "mean_error", spy)
+    assert main([*small, "--out", str(tmp_path)]) == 0
+    sides = ("mask", "forward fill")
+    valid, test = (420, 477), (480, 597)  # three hours ahead, so three less
+    assert read == [(side, valid) for _ in range(3) for side in sides] + [
+        (side, test) for side in sides
+    ]
+
+
+def test_no_validation_figure_depends_on_the_test_period(data: Path) -> None:
+    record, series = small_series(data)
+    record.values[480:] = math.nan
+    torch.manual_seed(0)
+    model = gaps.Forecaster(fastrnn.LSTM, series.x.shape[1], 3, 5)
+    nn.init.ones_(model.change.weight)
+    side = Side("mask", model, torch.optim.SGD(model.parameters()), nn.utils.clip_grad_norm_)
+    errors = [
+        gaps.mean_error(side, some, (420, 477), torch.device("cpu"))
+        for some in (series, gaps.make_series(record, 420, 3))
+    ]
+    assert torch.equal(errors[0], errors[1])
+    assert not errors[0].isnan().any()
 
 
 def small_series(data: Path) -> tuple[Record, gaps.Series]:
@@ -124,8 +164,9 @@ def test_a_day_before_is_the_hour_that_is_forecast(data: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--window 500", "at least 500 hours to learn from, some of them fully reported, got 477"),
+        ("--window 500", "at least 500 hours to learn from, some of them fully reported, got 417"),
         ("--ahead 500", "got 0: give a longer record"),
+        ("--ahead 60", "forecasts of CO(GT) to be told by, made in hours 420 to 420 of the record"),
         ("--data nowhere", "got nowhere, which does not exist"),
     ],
 )
