@@ -312,7 +312,12 @@ def _where_owned(flag: Tensor, owner: Tensor, batch: int) -> Tensor:
 def check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tensor:
     """``lengths`` as ``[B]`` int64, refused with the reason where it does not fit the input."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(list(lengths), device="cpu")
+        try:
+            lengths = torch.tensor(list(lengths), device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"lengths must be integers, one per sequence, got {lengths!r}"
+            ) from error
         if lengths.numel() == 0:
             lengths = lengths.to(torch.int64)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:

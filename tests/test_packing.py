@@ -345,6 +345,21 @@ MISTAKES = {
         TypeError,
         "lengths must be integers, got torch.float32",
     ),
+    "a-number": (
+        {"lengths": 4},
+        TypeError,
+        "lengths must be integers, one per sequence, got 4",
+    ),
+    "letters": (
+        {"lengths": "abcd"},
+        TypeError,
+        "lengths must be integers, one per sequence, got 'abcd'",
+    ),
+    "rows-of-different-length": (
+        {"lengths": [[1], [2, 3]]},
+        TypeError,
+        "lengths must be integers, one per sequence, got [[1], [2, 3]]",
+    ),
     "bool-tensor": (
         {"lengths": torch.ones(4, dtype=torch.bool)},
         TypeError,
