@@ -32,10 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -211,26 +211,45 @@ def examine(case: Case) -> Report:
     return report
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    """What a tool inside the triton wheel prints."""
+def _run_tool(name: str, *arguments: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     done = subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 
 
+class NvidiaCode(NamedTuple):
+    """The machine code of a kernel, and bytes of stack and local memory that it uses."""
+
+    registers: int
+    stack: int
+    local: int
+    sass: str
+
+    @property
+    def spills(self) -> int:
+        """0 where nothing is spilled."""
+        return self.stack + self.local + len(re.findall(r"\b(?:LDL|STL)\b", self.sass))
+
+
+def disassemble(cubin: bytes) -> NvidiaCode | None:
+    """What cuobjdump says of a kernel; None where it does not report the registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+        sass = _run_tool("cuobjdump", "-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    return None if found is None else NvidiaCode(*map(int, found.groups()), sass)
+
+
 def _examine_nvidia(report: Report, asm: dict[str, Any], chip: Chip) -> None:
     tile, faults = report.case.tile, report.faults
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = run_tool("cuobjdump", "-res-usage", file.name)
-        sass = run_tool("cuobjdump", "-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-    if found is None:
+    code = disassemble(asm["cubin"])
+    if code is None:
         faults.append("cuobjdump does not report the registers")
         return
-    report.registers, stack, local = (int(number) for number in found.groups())
-    report.spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    report.registers, stack, local, sass = code
+    report.spills = code.spills
     if report.spills:
         faults.append(f"spills: {stack} bytes of stack, {local} of local memory")
 
@@ -247,8 +266,14 @@ def _examine_nvidia(report: Report, asm: dict[str, Any], chip: Chip) -> None:
     if tile.residency != "whole":
         faults += barrier_faults(asm["ptx"], sass)
         _examine_exchange(report, asm["ptx"])
-    if re.search(r"\b(?:red|atom)\.[\w.:]*(?:f16|f32|bf16)", asm["ptx"]):
-        faults.append("floating-point atomics")
+    faults += atomics_faults(asm["ptx"])
+
+
+def atomics_faults(text: str) -> list[str]:
+    """What is wrong with a kernel's atomics, in PTX or AMD's code: floating-point ones."""
+    nvidia = r"\b(?:red|atom)\.[\w.:]*(?:f16|f32|bf16)"
+    amd = r"\b(?:global|flat|buffer)_atomic_(?:pk_)?add_(?:f|bf)"
+    return ["floating-point atomics"] if re.search(f"{nvidia}|{amd}", text) else []
 
 
 def barrier_faults(ptx: str, sass: str) -> list[str]:
@@ -289,17 +314,10 @@ def _examine_exchange(report: Report, ptx: str) -> None:
 
 def _examine_amd(report: Report, asm: dict[str, Any]) -> None:
     text, faults = asm["amdgcn"], report.faults
-
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", text)
-        return int(found[1]) if found else 0
-
-    report.registers = number("vgpr_count")
-    scratch = number("private_segment_fixed_size")
-    # Scalar registers are spilled to lanes of vector registers, not to memory; that is no fault.
-    report.spills = number("vgpr_spill_count") + scratch
+    report.registers, spilled, scratch = amd_usage(text)
+    report.spills = spilled + scratch
     if report.spills:
-        faults.append(f"spills: {number('vgpr_spill_count')} registers, {scratch} bytes of scratch")
+        faults.append(f"spills: {spilled} registers, {scratch} bytes of scratch")
     matrix = len(re.findall(r"\bv_mfma", text))
     report.matrix = f"MFMA {matrix}"
     if not matrix:
@@ -308,12 +326,35 @@ def _examine_amd(report: Report, asm: dict[str, Any]) -> None:
     if report.case.tile.residency != "whole":
         if not report.wide_loads:
             faults.append("the exchange is not loaded 16 bytes at a time")
-        if not re.search(r"buffer_inv sc1", text):
-            faults.append("the wait is not an acquire at agent scope")
-        if not re.search(r"buffer_wbl2 sc1", text):
-            faults.append("the arrival is not a release at agent scope")
-    if re.search(r"\b(?:global|flat|buffer)_atomic_(?:pk_)?add_(?:f|bf)", text):
-        faults.append("floating-point atomics")
+        faults += amd_barrier_faults(text)
+    faults += atomics_faults(text)
+
+
+def amd_usage(text: str) -> tuple[int, int, int]:
+    """Vector registers that a kernel uses, those that it spills, and bytes of scratch memory.
+
+    Scalar registers are spilled to lanes of vector registers, not to memory; that is no fault.
+    """
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return (
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        number("private_segment_fixed_size"),
+    )
+
+
+def amd_barrier_faults(text: str) -> list[str]:
+    """What is wrong with a kernel's arrivals and waits in AMD's code."""
+    faults = []
+    if not re.search(r"buffer_inv sc1", text):
+        faults.append("the wait is not an acquire at agent scope")
+    if not re.search(r"buffer_wbl2 sc1", text):
+        faults.append("the arrival is not a release at agent scope")
+    return faults
 
 
 def _examine_loop(report: Report, ttgir: str) -> None:
@@ -446,6 +487,36 @@ def main(arguments: list[str] | None = None) -> int:
     if given.list:
         print("\n".join(case.name for case in chosen))
         return 0
+    return report_all(chosen, examine, given, part_of(chips, dtypes))
+
+
+def part_of(chips: Iterable[str], dtypes: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a snapshot's line is of one of these chips, and of one of these dtypes."""
+
+    def is_of_them(line: str) -> bool:
+        chip, _, dtype = line.split()[:3]
+        return chip in chips and dtype in dtypes
+
+    return is_of_them
+
+
+def report_all(
+    chosen: Sequence[Any],
+    examine: Callable[[Any], Any],
+    given: argparse.Namespace,
+    is_asked_for: Callable[[str], bool],
+) -> int:
+    """Examines cases, prints the table, writes the snapshot, compares with another.
+
+    Args:
+        chosen: the cases.
+        examine: what gives the report of one, with `line`, `faults` and `seconds`.
+        given: `jobs`, `snapshot` and `check` of the command line.
+        is_asked_for: whether a snapshot's line is to be compared with.
+
+    Returns:
+        The command's exit status: 1 if a rule is broken, or the table has changed.
+    """
     lines, faulty = [], 0
     with concurrent.futures.ProcessPoolExecutor(given.jobs) as pool:
         for report in pool.map(examine, chosen):
@@ -455,15 +526,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.snapshot:
         given.snapshot.write_text("\n".join([f"triton {triton.__version__}", *lines, ""]))
     print(f"{len(chosen)} cases, {faulty} faulty")
-    changes = difference(given.check, lines, chips, dtypes) if given.check else []
+    changes = difference(given.check, lines, is_asked_for) if given.check else []
     print("\n".join(changes), end="\n" if changes else "")
     return 1 if faulty or changes else 0
 
 
-def difference(
-    snapshot: Path, lines: list[str], chips: Iterable[str], dtypes: Iterable[str]
-) -> list[str]:
-    """How the table differs from a snapshot's part for these chips and dtypes, as a diff.
+def difference(snapshot: Path, lines: list[str], is_asked_for: Callable[[str], bool]) -> list[str]:
+    """How the table differs from the part of a snapshot that was asked for, as a diff.
 
     Another version of Triton makes other code: nothing is compared then, and nothing differs.
     """
@@ -471,11 +540,7 @@ def difference(
     if version != f"triton {triton.__version__}":
         print(f"{snapshot} is of {version}, this is {triton.__version__}: not compared")
         return []
-    expected = []
-    for line in kept:
-        chip, _, dtype = line.split()[:3]
-        if chip in chips and dtype in dtypes:
-            expected.append(line)
+    expected = list(filter(is_asked_for, kept))
     return list(difflib.unified_diff(expected, lines, str(snapshot), "now", n=0, lineterm=""))
 
 

@@ -17,11 +17,8 @@ It is to offline.py what gradient_norm.py is to the LSTM's kernels. The rules:
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import difflib
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,7 +31,15 @@ from triton.compiler import ASTSource
 from .gradient_kernel import gradient_norm_kernel
 from .gradient_norm import BLOCK_BYTES, COMBINE_BLOCK, THREADS, launch_options
 from .gradient_table import KINDS, PROGRAMS_PER_MULTIPROCESSOR
-from .offline import TARGETS, barrier_faults, run_tool
+from .offline import (
+    TARGETS,
+    amd_barrier_faults,
+    amd_usage,
+    atomics_faults,
+    barrier_faults,
+    disassemble,
+    report_all,
+)
 from .tiling import CHIPS
 
 POINTERS = {"table_ptr": "*i64", "arrivals_ptr": "*i32"}
@@ -163,17 +168,11 @@ def examine(case: NormCase) -> NormReport:
 
 
 def _examine_nvidia(report: NormReport, asm: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = run_tool("cuobjdump", "-res-usage", file.name)
-        sass = run_tool("cuobjdump", "-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-    if found is None:
+    code = disassemble(asm["cubin"])
+    if code is None:
         report.faults.append("cuobjdump does not report the registers")
         return
-    report.registers, stack, local = (int(number) for number in found.groups())
-    report.spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    report.registers, report.spills, sass = code.registers, code.spills, code.sass
     # They are given out to a warp by the 256, that is 8 a thread.
     registers = -(-report.registers // 8) * 8 * THREADS
     if registers * PROGRAMS_PER_MULTIPROCESSOR > REGISTERS_OF_A_MULTIPROCESSOR:
@@ -190,28 +189,18 @@ def _examine_nvidia(report: NormReport, asm: dict[str, Any]) -> None:
     if runs != [BLOCK_LOADS] * len(KINDS):
         report.faults.append("a block is used before it is loaded as a whole")
     report.faults += barrier_faults(asm["ptx"], sass)
-    if re.search(r"\b(?:red|atom)\.[\w.:]*(?:f16|f32|bf16)", asm["ptx"]):
-        report.faults.append("floating-point atomics")
+    report.faults += atomics_faults(asm["ptx"])
 
 
 def _examine_amd(report: NormReport, text: str) -> None:
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", text)
-        return int(found[1]) if found else 0
-
-    report.registers = number("vgpr_count")
-    report.spills = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    report.registers, spilled, scratch = amd_usage(text)
+    report.spills = spilled + scratch
     warps = THREADS // CHIPS[report.case.chip].warp_size
     if report.registers * warps * PROGRAMS_PER_MULTIPROCESSOR > 4 * REGISTERS_OF_AN_AMD_LANE:
         report.faults.append("registers of too few programs")
     report.wide_loads = len(re.findall(r"\b(?:global|buffer|flat)_load_dwordx4", text))
     report.wide_stores = len(re.findall(r"\b(?:global|buffer|flat)_store_dwordx4", text))
-    if not re.search(r"buffer_inv sc1", text):
-        report.faults.append("the wait is not an acquire at agent scope")
-    if not re.search(r"buffer_wbl2 sc1", text):
-        report.faults.append("the arrival is not a release at agent scope")
-    if re.search(r"\b(?:global|flat|buffer)_atomic_(?:pk_)?add_(?:f|bf)", text):
-        report.faults.append("floating-point atomics")
+    report.faults += amd_barrier_faults(text) + atomics_faults(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,32 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     chips = given.chip or list(TARGETS)
     chosen = cases(chips, quick=given.quick)
-    lines, faulty = [], 0
-    with concurrent.futures.ProcessPoolExecutor(given.jobs) as pool:
-        for report in pool.map(examine, chosen):
-            lines.append(report.line)
-            faulty += bool(report.faults)
-            print(f"{report.line}  ({report.seconds:.1f} s)", flush=True)
-    if given.snapshot:
-        given.snapshot.write_text("\n".join([f"triton {triton.__version__}", *lines, ""]))
-    print(f"{len(chosen)} cases, {faulty} faulty")
-    changes = difference(given.check, chosen, lines) if given.check else []
-    print("\n".join(changes), end="\n" if changes else "")
-    return 1 if faulty or changes else 0
-
-
-def difference(snapshot: Path, chosen: Iterable[NormCase], lines: list[str]) -> list[str]:
-    """How the table differs from the snapshot's lines for the same cases, as a diff.
-
-    Another version of Triton makes other code: nothing is compared then, and nothing differs.
-    """
-    version, *kept = snapshot.read_text().splitlines()
-    if version != f"triton {triton.__version__}":
-        print(f"{snapshot} is of {version}, this is {triton.__version__}: not compared")
-        return []
     names = tuple(case.name for case in chosen)
-    expected = [line for line in kept if line.startswith(names)]
-    return list(difflib.unified_diff(expected, lines, str(snapshot), "now", n=0, lineterm=""))
+    return report_all(chosen, examine, given, lambda line: line.startswith(names))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fastrnn_kernels.offline import (
     cases,
     difference,
     kinds,
+    part_of,
     quick,
 )
 
@@ -114,15 +115,15 @@ def test_a_table_that_differs_from_the_snapshot_is_shown(
     snapshot, lines = tmp_path / "snapshot.txt", SNAPSHOT.read_text().splitlines()[1:]
     snapshot.write_text("\n".join([version, *lines, ""]))
     hopper = [line for line in lines if line.startswith("sm_90")]
-    assert difference(snapshot, hopper, ["sm_90"], ["bf16", "fp32"]) == []
+    assert difference(snapshot, hopper, part_of(["sm_90"], ["bf16", "fp32"])) == []
     changed = [hopper[0].replace("spill 0", "spill 8"), *hopper[1:]]
-    _, _, _, *found = difference(snapshot, changed, ["sm_90"], ["bf16", "fp32"])
+    _, _, _, *found = difference(snapshot, changed, part_of(["sm_90"], ["bf16", "fp32"]))
     assert found == [f"-{hopper[0]}", f"+{changed[0]}"]
-    assert len(difference(snapshot, hopper[1:], ["sm_90"], ["bf16", "fp32"])) == 4
+    assert len(difference(snapshot, hopper[1:], part_of(["sm_90"], ["bf16", "fp32"]))) == 4
     assert capsys.readouterr().out == ""
 
     snapshot.write_text("\n".join(["triton 1.0", *lines, ""]))
-    assert difference(snapshot, changed, ["sm_90"], ["bf16", "fp32"]) == []
+    assert difference(snapshot, changed, part_of(["sm_90"], ["bf16", "fp32"])) == []
     assert "is of triton 1.0" in capsys.readouterr().out
 
 
