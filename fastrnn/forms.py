@@ -12,11 +12,48 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.packing import PackedLayout, dense_layout, ragged_layout
+from fastrnn.packing import (
+    Cut,
+    Layout,
+    PackedLayout,
+    RectangleLayout,
+    dense_layout,
+    ragged_layout,
+)
 
 
-def _spread(rows: Tensor, layout: PackedLayout, entries: int) -> Tensor:
+class _IntoRectangles(torch.autograd.Function):
+    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding; _OutOfRectangles undoes it."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, layout: RectangleLayout) -> Tensor:
+        ctx.layout = layout
+        return flat.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
+        return _OutOfRectangles.apply(d_rows, ctx.layout), None
+
+
+class _OutOfRectangles(torch.autograd.Function):
+    """Rows ``[N, F]``, the last of them zero, to ``[entries, F]``, zeros at invalid steps."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, layout: RectangleLayout) -> Tensor:
+        ctx.layout = layout
+        return rows.index_select(0, layout.spread)
+
+    @staticmethod
+    def backward(ctx: Any, d_flat: Tensor) -> tuple[Tensor, None]:
+        return _IntoRectangles.apply(d_flat, ctx.layout), None
+
+
+def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     """Rows back to their places in ``[entries, F]``; zeros elsewhere."""
+    if isinstance(layout, RectangleLayout):
+        spread: Tensor = _OutOfRectangles.apply(rows, layout)
+        return spread
+    assert isinstance(layout, PackedLayout)
     assert layout.gather is not None
     spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
     flat = rows.new_zeros(entries + spare, rows.shape[1])
@@ -25,8 +62,12 @@ def _spread(rows: Tensor, layout: PackedLayout, entries: int) -> Tensor:
     return flat.index_copy_(0, layout.gather, rows)[:entries]
 
 
-def _collect(flat: Tensor, layout: PackedLayout) -> Tensor:
+def _collect(flat: Tensor, layout: Layout) -> Tensor:
     """The layout's rows out of ``[entries, F]``."""
+    if isinstance(layout, RectangleLayout):
+        collected: Tensor = _IntoRectangles.apply(flat, layout)
+        return collected
+    assert isinstance(layout, PackedLayout)
     if layout.gather is None:
         return flat
     if layout.exact:
@@ -50,8 +91,8 @@ class Padded:
         """None: every sequence has all T steps."""
         return None
 
-    def layout(self) -> PackedLayout:
-        """The layout where nothing says that a step is invalid."""
+    def layout(self, cut: Cut | None = None) -> Layout:
+        """The layout where nothing says that a step is invalid; there is nothing to cut."""
         # In a graph of a GPU's operations a tensor on the host would keep CUDA graphs out.
         device = self.device if torch.compiler.is_compiling() else "cpu"
         return dense_layout(self.steps, self.batch, device)
@@ -60,14 +101,14 @@ class Padded:
         """Where a step of a batch element stands in the flattened input."""
         return step * self.batch + element if self.time_major else element * self.steps + step
 
-    def rows(self, layout: PackedLayout) -> Tensor:
+    def rows(self, layout: Layout) -> Tensor:
         """The layout's rows, ``[N, I]``."""
         x = self.x
         if layout.gather is None and not self.time_major:
             x = x.transpose(0, 1)
         return _collect(x.reshape(self.entries, x.shape[2]), layout)
 
-    def restore(self, rows: Tensor, layout: PackedLayout) -> Tensor:
+    def restore(self, rows: Tensor, layout: Layout) -> Tensor:
         """Rows ``[N, F]`` in the form of the input."""
         if layout.gather is not None:
             rows = _spread(rows, layout, self.entries)
@@ -93,8 +134,12 @@ class Packed:
         inverse = self.x.unsorted_indices
         return sorted_lengths if inverse is None else sorted_lengths[inverse.to(sizes.device)]
 
-    def layout(self) -> PackedLayout:
-        """The layout it is; nothing is copied."""
+    def layout(self, cut: Cut | None = None) -> Layout:
+        """The layout it is, and nothing is copied; or what ``cut`` makes of it."""
+        if cut is not None:
+            layout = ragged_layout(self, cut=cut)
+            if isinstance(layout, RectangleLayout):
+                return layout
         inverse = self.x.unsorted_indices
         return PackedLayout(
             self.entries,
@@ -110,11 +155,11 @@ class Packed:
         rank = element if inverse is None else inverse.to(step.device)[element]
         return (sizes.cumsum(0) - sizes)[step] + rank
 
-    def rows(self, layout: PackedLayout) -> Tensor:
+    def rows(self, layout: Layout) -> Tensor:
         """The layout's rows, ``[N, I]``."""
         return _collect(self.data, layout)
 
-    def restore(self, rows: Tensor, layout: PackedLayout) -> PackedSequence:
+    def restore(self, rows: Tensor, layout: Layout) -> PackedSequence:
         """Rows ``[N, F]`` as a PackedSequence."""
         data = rows if layout.gather is None else _spread(rows, layout, self.entries)
         return PackedSequence(data, *self.x[1:])
@@ -134,9 +179,9 @@ class Jagged:
         self.entries = self.data.shape[0]
         self.device = x.device
 
-    def layout(self) -> PackedLayout:
+    def layout(self, cut: Cut | None = None) -> Layout:
         """The layout of its own lengths."""
-        return ragged_layout(self)
+        return ragged_layout(self, cut=cut)
 
     def own_lengths(self) -> Tensor:
         """``[B]``."""
@@ -146,11 +191,11 @@ class Jagged:
         """Where a step of a batch element stands in the flattened input."""
         return self.offsets.to(step.device)[element] + step
 
-    def rows(self, layout: PackedLayout) -> Tensor:
+    def rows(self, layout: Layout) -> Tensor:
         """The layout's rows, ``[N, I]``."""
         return _collect(self.data, layout)
 
-    def restore(self, rows: Tensor, layout: PackedLayout) -> Tensor:
+    def restore(self, rows: Tensor, layout: Layout) -> Tensor:
         """Rows ``[N, F]`` in the form of the input."""
         flat = _spread(rows, layout, self.entries)
         return torch.nested.nested_tensor_from_jagged(

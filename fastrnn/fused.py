@@ -70,7 +70,7 @@ class FusedCall(NamedTuple):
         """The same call of the step loop, which waits for the sizes to be on the host."""
         sizes = host_sizes(batch_sizes)
         shape = (sizes, self.directions, self.bias, False, self.cell_states)
-        return Call(*shape, "reference", self.memory)
+        return Call(*shape, self.memory)
 
     def refused(self, error: Exception) -> None:
         """Log that the step loop takes over, or raise."""

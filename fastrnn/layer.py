@@ -5,8 +5,9 @@ In this order:
 - while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
 - under functorch transforms or forward-mode derivatives: the differentiable step loop;
 - on a GPU that has them: the Triton kernels, fused.py;
+- where the rows are slots of rectangles: rectangles.py;
 - where every sequence has all the rows: padded.py;
-- else the hand-derived recurrence of recurrence.py.
+- else the step loop of recurrence.py.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrnn import onednn
 from fastrnn.backends import on_kernels
 from fastrnn.fused import FusedCall, run_fused
 from fastrnn.operators import lstm_layer_op
-from fastrnn.packing import PackedLayout
+from fastrnn.packing import Layout, PackedLayout, RectangleLayout
 from fastrnn.padded import run_padded
+from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
     Call,
     LayerOutput,
     LSTMRecurrence,
     Memory,
+    compute_dtype,
     flatten_weights,
     host_sizes,
-    onednn_can_run,
     outside_autocast,
     pad_rows,
     run_composite,
@@ -40,7 +43,7 @@ from fastrnn.reference import LayerWeights
 
 def lstm_layer(
     rows: Tensor,
-    layout: PackedLayout,
+    layout: Layout,
     weights: Sequence[LayerWeights],
     h_0: Tensor,
     c_0: Tensor,
@@ -52,7 +55,7 @@ def lstm_layer(
     """All directions of one layer over packed rows.
 
     Args:
-        rows: ``[N, I]``; rows past ``layout.batch_sizes.sum()`` are not read.
+        rows: ``[N, I]``; rows past a packed layout's ``batch_sizes.sum()`` are not read.
         layout: of the batch.
         weights: of each direction, forward then reverse; in the dtype of ``rows``.
         h_0: ``[D, S, P]``.
@@ -69,6 +72,10 @@ def lstm_layer(
     bias, projection = weights[0].bias_ih is not None, weights[0].hr is not None
     inputs = (rows, h_0, c_0, *flat)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if isinstance(layout, RectangleLayout):
+        with outside_autocast(rows.device):
+            return run_rectangles(layout, rows, h_0, c_0, flat, bias=bias, needs_grad=needs_grad)
+    assert isinstance(layout, PackedLayout)
     if torch.compiler.is_compiling():
         h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),
@@ -84,14 +91,19 @@ def lstm_layer(
             return run_fused(fused, steps, rows, h_0, c_0, flat, needs_grad=needs_grad)
 
     sizes = host_sizes(layout.batch_sizes)
-    call = Call(sizes, len(weights), bias, projection, cell_states, backend, memory)
+    call = Call(sizes, len(weights), bias, projection, cell_states, memory)
     valid = rows.shape[0] if layout.exact else sum(sizes)
     rows = rows[:valid]
     with outside_autocast(rows.device):
         if composite:
             output = run_composite(call, rows, h_0, c_0, flat)
         elif layout.padding is not None or (
-            onednn_can_run(call, rows) and sizes[-1] == layout.sequences
+            backend == "auto"
+            and memory == "save"
+            and not (cell_states or projection)
+            and rows.numel() > 0
+            and sizes[-1] == layout.sequences
+            and onednn.available(rows.device, compute_dtype(rows.dtype))
         ):
             output = run_padded(rows, layout, weights, h_0, c_0)
         elif needs_grad:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn.arrange import Work, arrange
 from fastrnn.backends import Backend, check_backend, resolve_backend
-from fastrnn.costs import worth_padding
 from fastrnn.forms import Form, Jagged, Packed, Padded
-from fastrnn.packing import Lengths, PackedLayout, check_lengths, padded_layout, ragged_layout
-from fastrnn.padded import can_run_padded
+from fastrnn.packing import Layout, Lengths
+from fastrnn.padded import can_run_onednn
 from fastrnn.recurrence import Memory, autocast_dtype
 from fastrnn.reference import LayerWeights
 from fastrnn.stack import StackOutput, run_stack
@@ -161,21 +161,20 @@ class LSTM(nn.RNNBase):
         backend = resolve_backend(
             *(self.backend, form.device, dtype, self.hidden_size, directions, self.proj_size)
         )
-        if lengths is None and mask is None and resets is None:
-            layout = form.layout()
-        elif (
-            mask is None
-            and resets is None
-            and isinstance(form, Padded)
-            and dtype == form.data.dtype
-            and backend == "auto"
+        needs_grad = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for tensor in (form.data, h_0, c_0, *(w for layer in layers for d in layer for w in d))
+        )
+        work = None
+        if (
+            backend == "auto"
             and self.memory == "save"
-            and not (self.proj_size or return_cell_states or (self.bidirectional and hx))
-            and can_run_padded(form.data)
+            and not (self.proj_size or return_cell_states)
+            and can_run_onednn(form.device, dtype)
         ):
-            layout = self._padded_or_packed(form, lengths)
-        else:
-            layout = ragged_layout(form, lengths, mask, resets)
+            may_pad = not (self.bidirectional and hx is not None)
+            work = Work(self.input_size, self.hidden_size, needs_grad, may_pad)
+        layout = arrange(form, lengths, mask, resets, work)
         result = run_stack(
             form.rows(layout).to(dtype),
             layout,
@@ -189,28 +188,8 @@ class LSTM(nn.RNNBase):
         )
         return self._restore(form, layout, result, unbatched)
 
-    def _padded_or_packed(self, form: Padded, lengths: Lengths | None) -> PackedLayout:
-        """The layout of a batch with lengths alone: a small one is not worth packing."""
-        if lengths is not None and not (isinstance(lengths, Tensor) and not lengths.is_cpu):
-            checked = check_lengths(lengths, form.batch, form.steps, exact=True)
-            on_host = checked.tolist()
-            if (
-                on_host
-                and min(on_host) > 0
-                and worth_padding(
-                    form.entries - sum(on_host),
-                    self.input_size,
-                    self.hidden_size,
-                    train=torch.is_grad_enabled(),
-                    threads=torch.get_num_threads(),
-                )
-            ):
-                return padded_layout(form.steps, form.batch, checked)
-            lengths = checked
-        return ragged_layout(form, lengths)
-
     def _restore(
-        self, form: Form, layout: PackedLayout, result: StackOutput, unbatched: bool
+        self, form: Form, layout: Layout, result: StackOutput, unbatched: bool
     ) -> tuple[Any, ...]:
         states = result.h_n, result.c_n
         rows = [result.rows] if result.c is None else [result.rows, result.c]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn.reference import LayerWeights
+from fastrnn.reference import LayerWeights, twin_gradients
 
 # Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
 CARRY = 1e4
@@ -39,11 +39,25 @@ class Operands(NamedTuple):
     bias_hh: Tensor
 
 
-def available(rows: Tensor) -> bool:
-    """Whether oneDNN can run these rows."""
+class WeightGradients(NamedTuple):
+    """Of :class:`Operands`; both biases have the same.
+
+    Attributes:
+        ih: ``[4H, I]``, or ``[4H, I + 1]``.
+        hh: ``[4H, H]``.
+        bias: ``[4H]``.
+    """
+
+    ih: Tensor
+    hh: Tensor
+    bias: Tensor
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN can run rows of this dtype there."""
     return (
-        rows.device.type == "cpu"
-        and rows.dtype == torch.float32
+        device.type == "cpu"
+        and dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
     )
@@ -104,7 +118,7 @@ def dense_backward(
     workspace: Tensor,
     *,
     reverse: bool,
-) -> tuple[Tensor, Operands, Tensor, Tensor]:
+) -> tuple[Tensor, WeightGradients, Tensor, Tensor]:
     """Gradients of ``x``, the weights, ``h_0`` and ``c_0``; all tensors contiguous.
 
     Args:
@@ -122,21 +136,18 @@ def dense_backward(
         reverse: see there.
     """
     hidden_size = h_0.shape[1]
-    d_x, d_ih, d_hh, d_bias_ih, d_bias_hh, d_h_0, d_c_0 = torch.ops.aten.mkldnn_rnn_layer_backward(
+    d_x, d_ih, d_hh, d_bias, _, d_h_0, d_c_0 = torch.ops.aten.mkldnn_rnn_layer_backward(
         *(x, *weights, h_0, c_0, output, h_n, c_n, d_output, d_h_n, d_c_n),
         *(reverse, _LSTM_MODE, hidden_size, 1, True, True, False, [], False, workspace),
     )
-    if d_bias_hh.data_ptr() == d_bias_ih.data_ptr():  # one gradient, returned twice
-        d_bias_hh = d_bias_hh.clone()
-    d_weights = Operands(d_ih, d_hh, d_bias_ih, d_bias_hh)
+    d_weights = WeightGradients(d_ih, d_hh, d_bias)
     return d_x, d_weights, d_h_0.view(-1, hidden_size), d_c_0.view(-1, hidden_size)
 
 
 def weight_gradients(
-    d_weights: Operands, weights: LayerWeights
+    d_weights: WeightGradients, weights: LayerWeights
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ih, hh, bias_ih, bias_hh and hr: without the carry feature's, where it was."""
     d_ih = d_weights.ih[:, : weights.ih.shape[1]]
-    if weights.bias_ih is None:
-        return d_ih, d_weights.hh, None, None, None
-    return d_ih, d_weights.hh, d_weights.bias_ih, d_weights.bias_hh, None
+    d_bias = None if weights.bias_ih is None else d_weights.bias
+    return d_ih, d_weights.hh, *twin_gradients(d_bias, True, True), None

@@ -1,8 +1,8 @@
 """The recurrence as opaque operators of torch.library, for torch.compile and torch.export.
 
 A graph then holds one node a layer and never an unrolled loop. The operators compute what the
-functions of fused.py and recurrence.py compute; on the CPU in training always by the step loop,
-because what that saves has shapes that are known while tracing.
+functions of fused.py and step_loop.py compute: on the CPU the step loop, because what that saves
+has shapes that are known while tracing.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ def lstm_layer_op(
             fused = FusedCall(h_0.shape[0], bias, cell_states, keep, backend)
             output, states = fused_forward(fused, batch_sizes, *inputs, save=save)
         else:
-            backend = "reference" if save else backend  # the step loop, see above
             shape = (host_sizes(batch_sizes), h_0.shape[0], bias, projection, cell_states)
-            output, states = steps_forward(Call(*shape, backend, keep), *inputs, save=save)
+            output, states = steps_forward(Call(*shape, keep), *inputs, save=save)
     empty = rows.new_empty(0, dtype=_state_dtype(rows, backend))
     c, gates, tanh_c = (empty.clone() if state is None else state for state in states)
     return output.h, output.h_n, output.c_n, c, gates, tanh_c
@@ -132,7 +131,7 @@ def lstm_layer_backward_op(
             found = fused_backward(fused, grads, batch_sizes, *inputs)
         else:
             shape = (host_sizes(batch_sizes), directions, bias, projection, cell_states)
-            found = steps_backward(Call(*shape, "reference", keep), grads, *inputs)
+            found = steps_backward(Call(*shape, keep), grads, *inputs)
     return [gradient for gradient in found if gradient is not None]
 
 

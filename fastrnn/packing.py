@@ -1,9 +1,13 @@
-"""Everything ragged becomes one :class:`PackedLayout`.
+"""Everything ragged becomes one layout of rows: a :class:`PackedLayout`.
 
 Rows are valid time steps only, time-major, with the sequences sorted by decreasing length: the
 order of :class:`torch.nn.utils.rnn.PackedSequence`. Step ``t`` owns ``batch_sizes[t]`` consecutive
 rows. Lengths, masks with holes and resets differ only in which steps of the input those rows are,
 so everything behind this module sees one form.
+
+Where oneDNN will run them the rows are a little more, a :class:`RectangleLayout`: those of
+:class:`Rectangle` after rectangle, each a dense batch of its own, with padding at its sequences'
+ends. The valid rows among them are in the same order.
 
 Notation: B batch, T steps of the input, S sequences of the layout (B, or more when resets cut a
 sequence into segments), N rows, D directions.
@@ -13,15 +17,16 @@ is the number of valid steps. Under ``torch.compile``, or when they live on an a
 may depend on their values without a synchronisation, so the layout is *bounded*: N = B * T rows are
 allocated, and those past ``batch_sizes.sum()`` are unused.
 
-Limits: a layout is built anew at every call (under 0.1 ms); it knows nothing of the LSTM.
+Limits: a layout is built anew at every call (0.1 to 0.2 ms); it knows nothing of the LSTM.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -29,22 +34,73 @@ from torch import Tensor
 Lengths: TypeAlias = Tensor | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
-class PackedLayout:
-    """Which step of the input each row is, and where states enter and leave.
+class Rectangle(NamedTuple):
+    """Steps ``[first, last)`` of the first ``sequences`` sequences, sorted by decreasing length."""
+
+    first: int
+    last: int
+    sequences: int
+
+
+# Where to cut, by the number of sequences active at each step; None: pack instead.
+Cut: TypeAlias = Callable[[tuple[int, ...]], Sequence[Rectangle] | None]
+
+
+class Layout:
+    """What the layouts have in common: rows out of the input, and where states enter and leave.
 
     Attributes:
-        rows: N, rows allocated; all are valid in an exact layout.
+        rows: N, rows allocated.
         sequences: S, sequences of the layout, sorted by decreasing length.
-        batch_sizes: ``[steps]`` int64, sequences active at each step; on the CPU in an exact
-            layout.
-        gather: ``[N]`` int64, each row's place in the flattened input; one past its end for an
-            unused row of a bounded layout. None: the rows are the flattened input as it is.
+        gather: ``[N]`` int64, each row's place in the flattened input. None: the rows are the
+            flattened input as it is.
         owner: ``[S]`` int64, the batch element each sequence belongs to. None: the identity.
         enters: ``[2, S]`` bool, forward and reverse: whether the batch element's initial state
             enters this sequence; else it starts from zero. None: always.
         leaves: ``[1 or 2, B]`` int64, forward and reverse, or one for both: the sequence whose end
             state is the batch element's. None: the identity.
+    """
+
+    rows: int
+    sequences: int
+    gather: Tensor | None
+    owner: Tensor | None
+    enters: Tensor | None
+    leaves: Tensor | None
+
+    def enter(self, initial: Tensor) -> Tensor:
+        """Initial states of the batch, ``[D, B, F]``, to those of the sequences, ``[D, S, F]``."""
+        if self.owner is None:
+            return initial
+        states = initial.index_select(1, self.owner)
+        if self.enters is None:
+            return states
+        enters = self.enters[: states.shape[0]].unsqueeze(-1)
+        return torch.where(enters, states, torch.zeros_like(states))
+
+    def leave(self, final: Tensor) -> Tensor:
+        """Final states of the sequences, ``[D, S, F]``, to those of the batch, ``[D, B, F]``."""
+        if self.leaves is None:
+            return final
+        if self.leaves.shape[0] == 1:
+            return final.index_select(1, self.leaves[0])
+        directions = zip(final.unbind(0), self.leaves.unbind(0), strict=False)
+        return torch.stack([states.index_select(0, leaves) for states, leaves in directions])
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout(Layout):
+    """Rows are valid steps: which step of the input each is, and where states enter and leave.
+
+    Attributes:
+        rows: N, rows allocated; all are valid in an exact layout.
+        sequences: see :class:`Layout`.
+        batch_sizes: ``[steps]`` int64, sequences active at each step; on the CPU in an exact
+            layout.
+        gather: see :class:`Layout`; one past the input's end for an unused row of a bounded layout.
+        owner: see :class:`Layout`.
+        enters: see :class:`Layout`.
+        leaves: see :class:`Layout`.
         exact: whether N is exact, and ``batch_sizes`` on the host.
         padding: ``[N]`` bool, rows that are padding all the same (:func:`padded_layout`). None: no
             row is.
@@ -71,24 +127,86 @@ class PackedLayout:
             return torch.full((steps,), self.sequences, dtype=torch.int64, device=device)
         return self.batch_sizes.to(device, non_blocking=True)
 
-    def enter(self, initial: Tensor) -> Tensor:
-        """Initial states of the batch, ``[D, B, F]``, to those of the sequences, ``[D, S, F]``."""
-        if self.owner is None:
-            return initial
-        states = initial.index_select(1, self.owner)
-        if self.enters is None:
-            return states
-        enters = self.enters[: states.shape[0]].unsqueeze(-1)
-        return torch.where(enters, states, torch.zeros_like(states))
 
-    def leave(self, final: Tensor) -> Tensor:
-        """Final states of the sequences, ``[D, S, F]``, to those of the batch, ``[D, B, F]``."""
-        if self.leaves is None:
-            return final
-        if self.leaves.shape[0] == 1:
-            return final.index_select(1, self.leaves[0])
-        directions = zip(final.unbind(0), self.leaves.unbind(0), strict=False)
-        return torch.stack([states.index_select(0, leaves) for states, leaves in directions])
+@dataclass(frozen=True, eq=False)
+class RectangleLayout(Layout):
+    """Rows are those of rectangles one after the other, and a last one that is padding.
+
+    Everything is on the CPU. Not all sequences need have a step.
+
+    Attributes:
+        rows: N, of all rectangles and one more.
+        sequences: see :class:`Layout`.
+        sizes: sequences active at each step.
+        rectangles: in the order of time; they cover all valid steps.
+        gather: see :class:`Layout`; any place for padding.
+        spread: ``[entries]`` int64, the row of each step of the flattened input; the last row for
+            invalid ones.
+        empty: ``[N]`` bool, rows that are padding.
+        last: ``[sizes[0]]`` int64, the row of each sequence's last valid step.
+        step: ``[N]`` int64, of each row.
+        sequence: ``[N]`` int64, of each row.
+        lengths: ``[S]`` int64, of the sequences.
+        owner: see :class:`Layout`.
+        enters: see :class:`Layout`.
+        leaves: see :class:`Layout`.
+    """
+
+    rows: int
+    sequences: int
+    sizes: tuple[int, ...]
+    rectangles: tuple[Rectangle, ...]
+    gather: Tensor
+    spread: Tensor
+    empty: Tensor
+    last: Tensor
+    step: Tensor
+    sequence: Tensor
+    lengths: Tensor
+    owner: Tensor
+    enters: Tensor | None
+    leaves: Tensor
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a rectangle holds a step that is not valid."""
+        return self.padding.shape[0] > 1
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """int64, rows that are padding, the last of all among them."""
+        return self.empty.nonzero().squeeze(1)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """int64, rows that are valid steps, ascending: the order of a :class:`PackedLayout`."""
+        return (~self.empty).nonzero().squeeze(1)
+
+    @cached_property
+    def carry(self) -> Tensor:
+        """``[N, 1]`` float32, 1 where a row is padding: the carry feature of onednn.py."""
+        return self.empty.unsqueeze(1).to(torch.float32)
+
+    @cached_property
+    def mirror(self) -> Tensor:
+        """``[N]`` int64, for each row that of its sequence's opposite step; itself for padding."""
+        mirror = torch.arange(self.rows, device="cpu")
+        step, sequence = (part.index_select(0, self.valid) for part in (self.step, self.sequence))
+        opposite = self.lengths.index_select(0, sequence) - 1 - step
+        first_rows = torch.tensor(_first_rows(self.rectangles), device="cpu")
+        mirror[self.valid] = first_rows.index_select(0, opposite) + sequence
+        return mirror
+
+
+def _first_rows(rectangles: Sequence[Rectangle]) -> list[int]:
+    """The first row of each step that the rectangles cover."""
+    first_rows: list[int] = []
+    begin = 0
+    for first, last, sequences in rectangles:
+        end = begin + (last - first) * sequences
+        first_rows.extend(range(begin, end, sequences))
+        begin = end
+    return first_rows
 
 
 class Addressing(Protocol):
@@ -145,12 +263,30 @@ def padded_layout(steps: int, batch: int, lengths: Tensor) -> PackedLayout:
     return dataclasses.replace(dense_layout(steps, batch), padding=padding.flatten(), last=last)
 
 
+@overload
 def ragged_layout(
     form: Addressing,
     lengths: Lengths | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
-) -> PackedLayout:
+) -> PackedLayout: ...
+@overload
+def ragged_layout(
+    form: Addressing,
+    lengths: Lengths | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+    *,
+    cut: Cut | None,
+) -> PackedLayout | RectangleLayout: ...
+def ragged_layout(
+    form: Addressing,
+    lengths: Lengths | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+    *,
+    cut: Cut | None = None,
+) -> PackedLayout | RectangleLayout:
     """The layout of a batch of which only some steps are valid.
 
     Args:
@@ -161,10 +297,11 @@ def ragged_layout(
             Default: all True.
         resets: bool, True = the state is zeroed before this step; shaped as ``mask``. On a masked
             step it holds for the sequence's next valid step.
+        cut: where to cut an exact layout into rectangles. Default: pack.
 
     Returns:
         An exact layout where everything is on the host and nothing is being traced, else a bounded
-        one.
+        one. Cut into rectangles where ``cut`` says so.
 
     Raises:
         ValueError: a shape or a length that does not fit the input.
@@ -197,57 +334,158 @@ def ragged_layout(
 
     length, order = torch.sort(length, descending=True, stable=True)
     owner = order if segments is None else segments.owner.index_select(0, order)
-    sequences = owner.shape[0]
-    if exact:
-        on_host = length.tolist()
-        batch_sizes = torch.tensor(_staircase(on_host), dtype=torch.int64, device=device)
-        rows = sum(on_host)
-    else:  # sequences longer than t, from the histogram of the lengths
-        ending = torch.zeros(steps + 1, dtype=torch.int64, device=device)
-        ending = ending.scatter_add(0, length, torch.ones_like(length))
-        batch_sizes = sequences - ending.cumsum(0)[:-1]
-        rows = batch * steps
+    found = _Sorted(form, length, order, owner, segments, places)
+    if not exact:
+        return _bounded(found)
+    on_host = length.tolist()
+    sizes = _staircase(on_host)
+    rectangles = cut(tuple(sizes)) if cut is not None and sizes else None
+    if rectangles:
+        return _in_rectangles(found, on_host, sizes, tuple(rectangles))
+    return _packed(found, sizes, sum(on_host))
 
+
+class _Sorted(NamedTuple):
+    """The sequences of a batch by decreasing length, and where their steps stand in the input.
+
+    Attributes:
+        form: the input's form.
+        length: ``[S]``.
+        order: ``[S]``, which they were before they were sorted.
+        owner: ``[S]``, the batch element each belongs to.
+        segments: what resets cut the batch into, unsorted; None without resets.
+        places: ``[B, T]``, the step at which a batch element's k-th valid step stands; None: the
+            k-th.
+    """
+
+    form: Addressing
+    length: Tensor
+    order: Tensor
+    owner: Tensor
+    segments: _Segments | None
+    places: Tensor | None
+
+    def flat_index(self, step: Tensor, sequence: Tensor, unused: Tensor | None = None) -> Tensor:
+        """Where these steps of these sequences stand in the flattened input.
+
+        Where ``unused``, whatever is in range.
+        """
+        element = self.owner.index_select(0, sequence)
+        if self.segments is not None:
+            begin = self.segments.begin.index_select(0, self.order)
+            step = step + begin.index_select(0, sequence)
+        if unused is not None:
+            step = step.masked_fill(unused, 0)
+        if self.places is not None:
+            step = self.places[element, step]
+        return self.form.flat_index(step, element)
+
+    def enters(self) -> Tensor | None:
+        """See :class:`Layout`."""
+        if self.segments is None:
+            return None
+        first, last, keeps_initial = (
+            flag.index_select(0, self.order)
+            for flag in (self.segments.first, self.segments.last, self.segments.keeps_initial)
+        )
+        return _on(torch.stack([first & keeps_initial, last]), self.form.device)
+
+    def leaves(self) -> Tensor:
+        """See :class:`Layout`."""
+        batch, device = self.form.batch, self.order.device
+        if self.segments is None:
+            leaves = torch.empty_like(self.order)
+            leaves = leaves.scatter(0, self.order, torch.arange(batch, device=device)).unsqueeze(0)
+        else:
+            ends = self.segments.last, self.segments.first
+            leaves = torch.stack(
+                [_where_owned(end.index_select(0, self.order), self.owner, batch) for end in ends]
+            )
+        return _on(leaves, self.form.device)
+
+
+def _packed(found: _Sorted, sizes: list[int], rows: int) -> PackedLayout:
+    """The exact layout."""
+    batch_sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    stops = batch_sizes.cumsum(0)
     # Row n is step `step` of sequence n - (first row of that step).
+    row = torch.arange(rows, device="cpu")
+    step = torch.searchsorted(stops, row, right=True)
+    sequence = row - (stops - batch_sizes).index_select(0, step)
+    device = found.form.device
+    return PackedLayout(
+        rows,
+        found.owner.shape[0],
+        batch_sizes,
+        _on(found.flat_index(step, sequence), device),
+        _on(found.owner, device),
+        found.enters(),
+        found.leaves(),
+    )
+
+
+def _bounded(found: _Sorted) -> PackedLayout:
+    """The layout of a batch whose lengths nobody may look at."""
+    form, length, sequences = found.form, found.length, found.owner.shape[0]
+    device, steps, rows = length.device, form.steps, form.steps * form.batch
+    # Sequences longer than t, from the histogram of the lengths.
+    ending = torch.zeros(steps + 1, dtype=torch.int64, device=device)
+    ending = ending.scatter_add(0, length, torch.ones_like(length))
+    batch_sizes = sequences - ending.cumsum(0)[:-1]
     stops = batch_sizes.cumsum(0)
     row = torch.arange(rows, device=device)
     step = torch.searchsorted(stops, row, right=True)
-    if not exact:
-        unused = step == steps
-        step = step.clamp(max=steps - 1)
+    unused = step == steps
+    step = step.clamp(max=steps - 1)
     sequence = row - (stops - batch_sizes).index_select(0, step)
-    if not exact:
-        sequence = torch.where(unused, 0, sequence)
-    element = owner.index_select(0, sequence)
-    place = step
-    if segments is not None:
-        place = place + segments.begin.index_select(0, order).index_select(0, sequence)
-    if not exact:
-        place = torch.where(unused, 0, place)
-    if places is not None:
-        place = places[element, place]
-    gather = form.flat_index(place, element)
-    if not exact:
-        gather = torch.where(unused, form.entries, gather)
-
-    enters = None
-    if segments is None:
-        leaves = torch.empty_like(order)
-        leaves = leaves.scatter(0, order, torch.arange(batch, device=device)).unsqueeze(0)
-    else:
-        first, last = segments.first.index_select(0, order), segments.last.index_select(0, order)
-        enters = torch.stack([first & segments.keeps_initial.index_select(0, order), last])
-        enters = _on(enters, form.device)
-        leaves = torch.stack([_where_owned(last, owner, batch), _where_owned(first, owner, batch)])
+    sequence = torch.where(unused, 0, sequence)
+    gather = torch.where(unused, form.entries, found.flat_index(step, sequence, unused))
     return PackedLayout(
         rows,
         sequences,
         batch_sizes,
         _on(gather, form.device),
-        _on(owner, form.device),
-        enters,
-        _on(leaves, form.device),
-        exact,
+        _on(found.owner, form.device),
+        found.enters(),
+        found.leaves(),
+        exact=False,
+    )
+
+
+def _in_rectangles(
+    found: _Sorted, lengths: list[int], sizes: list[int], rectangles: tuple[Rectangle, ...]
+) -> RectangleLayout:
+    """The exact layout, cut; everything is on the CPU."""
+    first_rows = _first_rows(rectangles)
+    widths = [width for first, last, width in rectangles for _ in range(first, last)]
+    first_rows.append(sum(widths))  # the spare row: of a step that no sequence has
+    widths.append(1)
+    rows, entries = first_rows[-1] + 1, found.form.entries
+    device = torch.device("cpu")  # whatever the default device
+    first_row, width = torch.tensor([first_rows, widths], device=device).unbind()
+    step = torch.arange(len(widths), device=device).repeat_interleave(width, output_size=rows)
+    row = torch.arange(rows, device=device)
+    sequence = row - first_row.index_select(0, step)
+    empty = step >= found.length.index_select(0, sequence)
+    place = found.flat_index(step, sequence, empty)
+    spread = torch.full((entries + 1,), rows - 1, device=device)
+    spread.scatter_(0, place.masked_fill(empty, entries), row)
+    last = [first_rows[length - 1] + index for index, length in enumerate(lengths) if length]
+    return RectangleLayout(
+        rows=rows,
+        sequences=found.owner.shape[0],
+        sizes=tuple(sizes),
+        rectangles=rectangles,
+        gather=place,
+        spread=spread[:entries],
+        empty=empty,
+        last=torch.tensor(last, device=device),
+        step=step,
+        sequence=sequence,
+        lengths=found.length,
+        owner=found.owner,
+        enters=found.enters(),
+        leaves=found.leaves(),
     )
 
 

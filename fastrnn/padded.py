@@ -20,33 +20,33 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastrnn import onednn
-from fastrnn.packing import PackedLayout
-from fastrnn.recurrence import LayerOutput, side_by_side
+from fastrnn.packing import Layout, PackedLayout
+from fastrnn.recurrence import LayerOutput, compute_dtype, side_by_side
 from fastrnn.reference import LayerWeights
 
 
-def can_run_padded(rows: Tensor) -> bool:
-    """Whether oneDNN can run these rows and torch can differentiate it as asked."""
+def can_run_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN can run these rows in float32, and torch differentiate it as asked."""
     return (
         not torch.compiler.is_compiling()
-        and onednn.available(rows)
+        and onednn.available(device, compute_dtype(dtype))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
 
-def can_run_dense(
-    rows: Tensor, layout: PackedLayout, layers: Sequence[Sequence[LayerWeights]]
-) -> bool:
+def can_run_dense(rows: Tensor, layout: Layout, layers: Sequence[Sequence[LayerWeights]]) -> bool:
     """Whether all layers can be one call of torch's LSTM: every sequence has all T steps."""
     first = layers[0][0]
     return (
-        layout.padding is None
+        isinstance(layout, PackedLayout)
+        and layout.padding is None
         and layout.gather is None
         and layout.owner is None
         and layout.rows == layout.batch_sizes.shape[0] * layout.sequences > 0
         and first.hr is None
-        and can_run_padded(rows)
+        and rows.dtype == torch.float32
+        and can_run_onednn(rows.device, rows.dtype)
         # oneDNN takes strided weights for contiguous ones.
         and all(w is None or w.is_contiguous() for layer in layers for d in layer for w in d)
     )
@@ -54,7 +54,7 @@ def can_run_dense(
 
 def run_dense(
     rows: Tensor,
-    layout: PackedLayout,
+    layout: Layout,
     layers: Sequence[Sequence[LayerWeights]],
     h_0: Tensor,
     c_0: Tensor,
@@ -92,7 +92,7 @@ def run_padded(
     """All directions of one layer over a padded batch.
 
     Args:
-        rows: ``[T * B, I]`` float32.
+        rows: ``[T * B, I]``; 16-bit ones are computed in float32 and rounded at the output.
         layout: in which every sequence has all the rows; of them ``layout.padding`` are padding.
         weights: of each direction, without projections.
         h_0: ``[D, B, H]``; zeros where there is padding and D is 2.
@@ -101,6 +101,9 @@ def run_padded(
     Returns:
         See :class:`LayerOutput`; outputs in the padding are zero, and ``c`` is None.
     """
+    dtype, wide = rows.dtype, compute_dtype(rows.dtype)
+    rows, h_0, c_0 = rows.to(wide), h_0.to(wide), c_0.to(wide)
+    weights = [direction.to(wide) for direction in weights]
     padding = None if layout.padding is None else layout.padding.unsqueeze(1)
     if padding is not None:
         rows = torch.cat([rows.masked_fill(padding, 0.0), padding.to(rows.dtype)], 1)
@@ -117,7 +120,9 @@ def run_padded(
         outputs.append(output)
         h_finals.append(h_n)
         c_finals.append(c_n)
-    return LayerOutput(side_by_side(outputs), torch.stack(h_finals), torch.stack(c_finals), None)
+    found = side_by_side(outputs), torch.stack(h_finals), torch.stack(c_finals)
+    h, h_n, c_n = (tensor.to(dtype) for tensor in found)
+    return LayerOutput(h, h_n, c_n, None)
 
 
 def _run_direction(

@@ -3,13 +3,17 @@
 A ragged batch sorted by decreasing length is a staircase. Cut at some of its steps it becomes
 rectangles, one for each run of steps, whose rows are the sequences still active at the run's start;
 the states at a rectangle's end enter the next. Within a rectangle sequences may end early: the
-carry feature of onednn.py keeps their cell states exact. Outputs of padded steps are dropped; h_n
-is read at each sequence's last valid step.
+carry feature of onednn.py keeps their cell states exact. Outputs of padded steps are zero; h_n is
+read at each sequence's last valid step.
 
 The reverse direction is the same with each sequence's rows in reverse order.
 
 Where to cut is a free choice: :func:`plan` weighs the fixed cost of a call against the padded steps
-by dynamic programming over the lengths, and says what the result will cost.
+by dynamic programming over the lengths, and says what the result will cost. oneDNN compiles code
+for every shape that it has not met, which costs as much as several calls, so a plan's rectangles
+have few shapes.
+
+Computed in float32; 16-bit inputs are rounded once, at the output.
 
 Limits: those of onednn.py.
 """
@@ -17,26 +21,33 @@ Limits: those of onednn.py.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastrnn import onednn
 from fastrnn.costs import RectangleCosts
-from fastrnn.reference import Forward, Gradients, LayerWeights
+from fastrnn.packing import Rectangle, RectangleLayout
+from fastrnn.recurrence import (
+    Call,
+    LayerOutput,
+    OutputGradients,
+    differentiable_backward,
+    outside_autocast,
+    side_by_side,
+    to_compute,
+    unflatten_weights,
+)
+from fastrnn.reference import LayerWeights
 
-
-class Rectangle(NamedTuple):
-    """Steps ``[first, last)`` of the first ``sequences`` sequences."""
-
-    first: int
-    last: int
-    sequences: int
+# A plan's cuts are multiples of a power of two of steps, of which there are at most so many.
+MOST_PLACES = 32
+# Lengths of rectangles, in that unit; and sequences, in eighths of the power of two below them.
+UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+EIGHTHS = 3
 
 
 class Plan(NamedTuple):
@@ -47,225 +58,364 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def plan(sizes: tuple[int, ...], cost: RectangleCosts, most_edges: int = 20) -> Plan:
-    """The cheapest cuts of the staircase ``sizes``.
+def plan(sizes: tuple[int, ...], cost: RectangleCosts) -> Plan:
+    """The cheapest way to cover the staircase ``sizes`` with rectangles of few shapes.
 
     Args:
         sizes: active sequences at each step, non-increasing.
         cost: the model.
-        most_edges: candidates kept of the steps where ``sizes`` falls; the search is quadratic in
-            them.
 
     Returns:
-        See :class:`Plan`. Exact among the candidates.
+        See :class:`Plan`. One rectangle is as large as the staircase; several have lengths and
+        widths as above, and may reach beyond the staircase in both.
     """
     if not sizes:
         return Plan((), 0.0)
-    falls = [step for step in range(1, len(sizes)) if sizes[step] < sizes[step - 1]]
-    if len(falls) > most_edges:
-        falls = [falls[index * len(falls) // most_edges] for index in range(most_edges)]
-    edges = [0, *falls, len(sizes)]
-    best, cut = [0.0] + [math.inf] * (len(edges) - 1), [0] * len(edges)
-    for end in range(1, len(edges)):
-        for begin in range(end):
-            rows = (edges[end] - edges[begin]) * (sizes[edges[begin]] + cost.step)
-            seconds = best[begin] + cost.call + rows * cost.row
+    steps, most = len(sizes), sizes[0]
+    unit = 1
+    while steps > MOST_PLACES * unit:
+        unit *= 2
+    places = -(-steps // unit)
+    widths = [_rounded(size, most) for size in sizes[::unit]]
+    best, cut = [0.0] + [math.inf] * places, [(0, 0)] * (places + 1)
+    for begin in range(places):
+        fixed, left = best[begin] + cost.call, places - begin
+        rate = unit * cost.row * (widths[begin] + cost.step)
+        for length in UNITS:
+            seconds = fixed + length * rate
+            end = begin + length if length < left else places
             if seconds < best[end]:
-                best[end], cut[end] = seconds, begin
+                best[end], cut[end] = seconds, (begin, length)
+            if length >= left:
+                break
+    whole = cost.call + cost.row * steps * (most + cost.step)
+    if whole <= best[-1]:
+        return Plan((Rectangle(0, steps, most),), cost.layer + whole)
     rectangles = []
-    end = len(edges) - 1
+    end = places
     while end:
-        first = edges[cut[end]]
-        rectangles.append(Rectangle(first, edges[end], sizes[first]))
-        end = cut[end]
-    return Plan(tuple(reversed(rectangles)), best[-1] + cost.layer)
+        begin, length = cut[end]
+        rectangles.append(Rectangle(begin * unit, (begin + length) * unit, widths[begin]))
+        end = begin
+    return Plan(tuple(reversed(rectangles)), cost.layer + best[-1])
 
 
-class _Grid(NamedTuple):
-    """Where packed rows stand among the M slots of a plan's rectangles, one after the other.
-
-    Attributes:
-        slot: ``[N]`` int64, the slot of each row.
-        row: ``[M]`` int64, the row of each slot; 0 where it is padding.
-        padding: ``[M - N]`` int64, the slots that hold no row.
-        last: ``[sizes[0]]`` int64, the row of each sequence's last step in the direction walked.
-    """
-
-    slot: Tensor
-    row: Tensor
-    padding: Tensor
-    last: Tensor
-
-
-@functools.lru_cache(maxsize=16)
-def _grid(sizes: tuple[int, ...], rectangles: tuple[Rectangle, ...], reverse: bool) -> _Grid:
-    step_slots: list[int] = []  # the first slot of each step
-    slots = 0
-    for first, last, sequences in rectangles:
-        step_slots.extend(range(slots, slots + (last - first) * sequences, sequences))
-        slots += (last - first) * sequences
-    stops = list(itertools.accumulate(sizes))
-    offsets = [0, *stops[:-1]]
-    ends: list[int] = []  # the row of each sequence's last step in time
-    for offset, size in zip(reversed(offsets), reversed(sizes), strict=True):
-        ends.extend(range(offset + len(ends), offset + size))
-
-    cpu = torch.device("cpu")  # whatever the default device
-    repeats, row = torch.tensor(sizes, device=cpu), torch.arange(stops[-1], device=cpu)
-    if reverse:
-        step = torch.arange(len(sizes), device=cpu).repeat_interleave(repeats)
-        sequence = row - torch.tensor(offsets, device=cpu)[step]
-        lengths = step[torch.tensor(ends, device=cpu)] + 1
-        slot = torch.tensor(step_slots, device=cpu)[lengths[sequence] - 1 - step] + sequence
-    else:
-        shifts = [slot - offset for slot, offset in zip(step_slots, offsets, strict=True)]
-        slot = row + torch.tensor(shifts, device=cpu).repeat_interleave(repeats)
-    row_of_slot = torch.zeros(slots, dtype=torch.int64, device=cpu).index_copy_(0, slot, row)
-    empty = torch.ones(slots, dtype=torch.bool, device=cpu).index_fill_(0, slot, False)
-    last_row = torch.arange(sizes[0], device=cpu) if reverse else torch.tensor(ends, device=cpu)
-    return _Grid(slot, row_of_slot, empty.nonzero().squeeze(1), last_row)
-
-
-def _to_slots(rows: Tensor, grid: _Grid) -> Tensor:
-    """Rows ``[N, F]`` to their slots ``[M, F]``; zeros in the padding."""
-    slots = rows.index_select(0, grid.row)
-    return slots.index_fill_(0, grid.padding, 0) if grid.padding.numel() else slots
-
-
-def _input_slots(rows: Tensor, grid: _Grid) -> Tensor:
-    """The input's slots, ``[M, I]``, with the carry feature where there is padding."""
-    if not grid.padding.numel():
-        return _to_slots(rows, grid)
-    slots = _to_slots(functional.pad(rows, (0, 1)), grid)
-    slots[:, -1:].index_fill_(0, grid.padding, 1.0)
-    return slots
+def _rounded(size: int, most: int) -> int:
+    """``size`` rounded up to a width that other batches have too."""
+    grain = 1 << max(0, size.bit_length() - 1 - EIGHTHS)
+    return min(-(-size // grain) * grain, most)
 
 
 def _by_rectangle(slots: Tensor, rectangles: Sequence[Rectangle]) -> list[Tensor]:
-    """Slots ``[M, F]`` as one ``[steps, sequences, F]`` for each rectangle."""
-    shapes = [(last - first, sequences) for first, last, sequences in rectangles]
-    parts = slots.split([steps * sequences for steps, sequences in shapes])
-    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+    """Rows ``[N, F]``, the last of them spare, as one ``[steps, sequences, F]`` a rectangle."""
+    parts, begin = [], 0
+    for first, last, sequences in rectangles:
+        end = begin + (last - first) * sequences
+        parts.append(slots[begin:end].view(last - first, sequences, -1))
+        begin = end
+    return parts
 
 
-def rectangle_forward(
-    rows: Tensor,
-    sizes: tuple[int, ...],
+def _in_order(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor:
+    """Rows in the order that a direction walks, contiguous."""
+    return rows.index_select(0, layout.mirror) if reverse else rows.contiguous()
+
+
+def _input(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor:
+    """The same, with the carry feature where it is needed."""
+    rows = _in_order(rows, layout, reverse=reverse)
+    return torch.cat([rows, layout.carry], 1) if layout.has_padding else rows
+
+
+class _Run(NamedTuple):
+    """What a direction computes, in the order it walks.
+
+    Attributes:
+        h: ``[N, H]``, zero in the padding.
+        h_n: ``[S, H]``.
+        c_n: ``[S, H]``.
+        saved: of each rectangle the states it began and ended with, and oneDNN's workspace.
+    """
+
+    h: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    saved: list[Tensor]
+
+
+def _forward(
+    x: Tensor,
+    layout: RectangleLayout,
     weights: LayerWeights,
     h_0: Tensor,
     c_0: Tensor,
-    rectangles: Sequence[Rectangle],
-    *,
-    reverse: bool,
     save: bool,
-) -> Forward:
-    """One direction over all rows: :func:`fastrnn.reference.lstm_forward` by oneDNN.
-
-    Args:
-        rows: ``[N, I]`` float32.
-        sizes: active sequences at each step, non-increasing, sum N, not empty.
-        weights: without a projection.
-        h_0: ``[S, H]``.
-        c_0: ``[S, H]``.
-        rectangles: of :func:`plan` for ``sizes``.
-        reverse: walk the steps from last to first.
-        save: keep the input's slots, oneDNN's workspaces and the states between rectangles.
-
-    Returns:
-        See :class:`fastrnn.reference.Forward`; ``c`` is None.
-    """
-    grid = _grid(sizes, tuple(rectangles), reverse)
-    slots = _input_slots(rows, grid)
-    operands = onednn.operands(weights, carry=grid.padding.numel() > 0)
+) -> _Run:
+    """One direction; ``x`` is of :func:`_input`."""
+    rectangles, active = layout.rectangles, layout.sizes[0]
+    operands = onednn.operands(weights, carry=layout.has_padding)
     h, c = h_0, c_0
-    outputs, ended, saved = [], [c_0[sizes[0] :]], [slots, operands.ih]
-    for index, x in enumerate(_by_rectangle(slots, rectangles)):
-        sequences = rectangles[index].sequences
-        h_enter, c_enter = h[:sequences].contiguous(), c[:sequences].contiguous()
+    outputs: list[Tensor] = []
+    ended: list[Tensor] = []
+    saved: list[Tensor] = []
+    for part, (_, _, sequences) in zip(_by_rectangle(x, rectangles), rectangles, strict=True):
+        if sequences < c.shape[0]:
+            ended.append(c[sequences:])
+            h, c = h[:sequences], c[:sequences]
+        h_enter, c_enter = h.contiguous(), c.contiguous()
         output, h, c, workspace = onednn.dense_forward(
-            x, operands, h_enter, c_enter, reverse=False, save=save
+            part, operands, h_enter, c_enter, reverse=False, save=save
         )
         if workspace is not None:
-            saved.extend([h_enter, c_enter, h, c, workspace])
+            saved += [h_enter, c_enter, h, c, workspace]
         outputs.append(output.view(-1, h.shape[1]))
-        following = rectangles[index + 1].sequences if index + 1 < len(rectangles) else 0
-        ended.append(c[following:])
-    h_rows = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, grid.slot)
-    h_n = torch.cat([h_rows.index_select(0, grid.last), h_0[sizes[0] :]])
-    return Forward(h_rows, h_n, torch.cat(ended[::-1]), None, tuple(saved))
+    outputs.append(h.new_empty(1, h.shape[1]))
+    rows = torch.cat(outputs).index_fill_(0, layout.padding, 0.0)
+    h_n = rows.index_select(0, layout.last)
+    if active < h_0.shape[0]:
+        h_n = torch.cat([h_n, h_0[active:]])
+    return _Run(rows, h_n, torch.cat([c, *ended[::-1]]), saved)
 
 
-def rectangle_backward(
-    d_h: Tensor | None,
-    d_h_n: Tensor | None,
+class _Gradients(NamedTuple):
+    """Of one direction's inputs; ``x`` is ``[N, I]`` or wider, its last row zero."""
+
+    x: Tensor
+    h_0: Tensor
+    c_0: Tensor
+    weights: tuple[Tensor | None, ...]
+
+
+def _backward(
+    d_h: Tensor,
     d_c_n: Tensor | None,
-    rows: Tensor,
-    sizes: tuple[int, ...],
+    x: Tensor,
+    h: Tensor,
+    layout: RectangleLayout,
     weights: LayerWeights,
     h_0: Tensor,
     c_0: Tensor,
-    h: Tensor,
-    rectangles: Sequence[Rectangle],
     saved: Sequence[Tensor],
-    *,
-    reverse: bool,
-) -> Gradients:
-    """Gradients of one direction: :func:`fastrnn.reference.lstm_backward` by oneDNN.
+) -> _Gradients:
+    """One direction.
 
     Args:
-        d_h: ``[N, H]`` gradient of the outputs; None is zero, as for the next two.
-        d_h_n: ``[S, H]``.
-        d_c_n: ``[S, H]``.
-        rows: as in :func:`rectangle_forward`, and so are the next six.
-        sizes: see there.
+        d_h: ``[N, H]`` that reach the outputs in the order it walks, those of h_n among them; zero
+            in the padding.
+        d_c_n: ``[S, H]``; None is zero.
+        x: as in :func:`_forward`, and so are the next five.
+        h: what it returned.
+        layout: see there.
         weights: see there.
         h_0: see there.
         c_0: see there.
-        rectangles: see there.
-        reverse: see there.
-        h: ``[N, H]``, its outputs.
         saved: what it saved; read, but for oneDNN's scratch in its own workspaces.
-
-    Returns:
-        See :class:`fastrnn.reference.Gradients`; all are computed.
     """
-    grid = _grid(sizes, tuple(rectangles), reverse)
-    slots, weight_ih, *states = saved
-    operands = onednn.operands(weights, carry=False)._replace(ih=weight_ih)
-    active, hidden_size = sizes[0], weights.hidden_size
-    d_h_0, d_c_0 = h_0.new_zeros(h_0.shape), c_0.new_zeros(c_0.shape)
-    d_slots = h.new_zeros(h.shape) if d_h is None else d_h
-    if d_h_n is not None:
-        d_h_0.copy_(d_h_n)
-        d_slots = d_slots.index_add(0, grid.last, d_h_n[:active])
-    if d_c_n is not None:
-        d_c_0.copy_(d_c_n)
-    inputs = _by_rectangle(slots, rectangles)
-    outputs = _by_rectangle(_to_slots(h, grid), rectangles)
-    d_outputs = _by_rectangle(_to_slots(d_slots, grid), rectangles)
-    d_inputs: list[Tensor] = []
-    totals: onednn.Operands | None = None
-    d_h_state = h_0.new_zeros(rectangles[-1].sequences, hidden_size)
-    d_c_state = d_c_0[: rectangles[-1].sequences]
+    rectangles, hidden_size = layout.rectangles, h.shape[1]
+    operands = onednn.operands(weights, carry=layout.has_padding)
+    d_c_0 = c_0.new_zeros(c_0.shape) if d_c_n is None else d_c_n.clone()
+    inputs, outputs = _by_rectangle(x, rectangles), _by_rectangle(h, rectangles)
+    d_outputs = _by_rectangle(d_h, rectangles)
+    d_inputs = [x.new_zeros(1, x.shape[1])]
+    totals: onednn.WeightGradients | None = None
+    d_h_state, d_c_state = h.new_zeros(0, hidden_size), d_c_0[:0]
     for index in range(len(rectangles) - 1, -1, -1):
-        h_enter, c_enter, h_end, c_end, workspace = states[5 * index : 5 * index + 5]
-        joining = rectangles[index].sequences - d_h_state.shape[0]
-        if joining:  # sequences that end in this rectangle: d_h reached them through d_outputs
-            d_c_state = torch.cat([d_c_state, d_c_0[d_c_state.shape[0] :][:joining]])
-            d_h_state = torch.cat([d_h_state, d_h_state.new_zeros(joining, hidden_size)])
+        known, sequences = d_h_state.shape[0], rectangles[index].sequences
+        if known < sequences:  # those that end here: d_h reached them through d_outputs
+            d_c_state = torch.cat([d_c_state, d_c_0[known:sequences]])
+            d_h_state = torch.cat([d_h_state, d_h_state.new_zeros(sequences - known, hidden_size)])
+        h_enter, c_enter, h_end, c_end, workspace = saved[5 * index : 5 * index + 5]
         d_input, d_weights, d_h_state, d_c_state = onednn.dense_backward(
             *(d_outputs[index], d_h_state, d_c_state, inputs[index], operands),
             *(h_enter, c_enter, outputs[index], h_end, c_end, workspace),
             reverse=False,
         )
-        d_inputs.append(d_input.view(-1, d_input.shape[-1]))
+        d_inputs.append(d_input.view(-1, x.shape[1]))
         if totals is None:
             totals = d_weights
         else:
             for total, part in zip(totals, d_weights, strict=True):
                 total.add_(part)
     assert totals is not None
-    d_h_0[:active], d_c_0[:active] = d_h_state, d_c_state
-    d_rows = d_inputs[0] if len(d_inputs) == 1 else torch.cat(d_inputs[::-1])
-    d_rows = d_rows.index_select(0, grid.slot)[:, : rows.shape[1]]
-    return Gradients(d_rows, d_h_0, d_c_0, onednn.weight_gradients(totals, weights))
+    d_h_0 = h_0.new_zeros(h_0.shape)
+    d_h_0[: layout.sizes[0]], d_c_0[: layout.sizes[0]] = d_h_state, d_c_state
+    return _Gradients(
+        torch.cat(d_inputs[::-1]), d_h_0, d_c_0, onednn.weight_gradients(totals, weights)
+    )
+
+
+class RectangleRecurrence(torch.autograd.Function):
+    """All directions of one layer over the rows of a :class:`RectangleLayout`.
+
+    Saved for backward: the inputs, the outputs, the states between rectangles and oneDNN's
+    workspaces. A second backward gives the same gradients; oneDNN uses its workspace as scratch, so
+    two threads must not run backward on one retained graph at once. Where backward itself is
+    differentiated (``create_graph=True``) it goes through
+    :func:`fastrnn.reference.lstm_composite`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: RectangleLayout,
+        bias: bool,
+        rows: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        *flat: Tensor,
+    ) -> LayerOutput:
+        """``h``, ``h_n``, ``c_n`` of :class:`LayerOutput`."""
+        output, saved = _layer_forward(layout, bias, rows, h_0, c_0, flat, save=True)
+        ctx.layout, ctx.bias, ctx.weights = layout, bias, len(flat)
+        ctx.save_for_backward(rows, h_0, c_0, *flat, output.h, *saved)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs that need one."""
+        layout, bias = ctx.layout, ctx.bias
+        grads = OutputGradients(*d_outputs)
+        rows, h_0, c_0, *rest = ctx.saved_tensors
+        flat, h, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
+        needs = ctx.needs_input_grad[2:]
+        if all(gradient is None for gradient in grads):
+            return (None,) * (2 + len(needs))
+        with outside_autocast(rows.device):
+            if torch.is_grad_enabled():
+                found = _differentiable(layout, bias, grads, rows, h_0, c_0, flat, needs)
+            else:
+                found = _layer_backward(layout, bias, grads, rows, h_0, c_0, flat, h, saved)
+        wanted = zip(found, needs, strict=True)
+        return (None, None, *(gradient if needed else None for gradient, needed in wanted))
+
+
+def _layer_forward(
+    layout: RectangleLayout,
+    bias: bool,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    *,
+    save: bool,
+) -> tuple[LayerOutput, list[Tensor]]:
+    """All directions, and what they save."""
+    dtype = rows.dtype
+    rows, h_0, c_0, *flat = to_compute(rows, h_0, c_0, *flat)
+    weights = unflatten_weights(flat, h_0.shape[0], bias=bias, projection=False)
+    runs, outputs = [], []
+    for index, direction in enumerate(weights):
+        x = _input(rows, layout, reverse=index == 1)
+        run = _forward(x, layout, direction, h_0[index], c_0[index], save)
+        runs.append(run)
+        outputs.append(run.h.index_select(0, layout.mirror) if index == 1 else run.h)
+    output = LayerOutput(
+        side_by_side(outputs).to(dtype),
+        torch.stack([run.h_n for run in runs]).to(dtype),
+        torch.stack([run.c_n for run in runs]).to(dtype),
+        None,
+    )
+    return output, [tensor for run in runs for tensor in run.saved]
+
+
+def _layer_backward(
+    layout: RectangleLayout,
+    bias: bool,
+    grads: OutputGradients,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    h: Tensor,
+    saved: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and each weight."""
+    dtype, width, active = rows.dtype, c_0.shape[2], layout.sizes[0]
+    grads = OutputGradients(*(None if g is None else to_compute(g)[0] for g in grads))
+    rows, h_0, c_0, h, *flat = to_compute(rows, h_0, c_0, h, *flat)
+    weights = unflatten_weights(flat, h_0.shape[0], bias=bias, projection=False)
+    each = len(saved) // len(weights)
+    d_rows: Tensor | None = None
+    results = []
+    for index, direction in enumerate(weights):
+        own_h = _in_order(h[:, index * width : (index + 1) * width], layout, reverse=index == 1)
+        if grads.h is None:
+            d_h = own_h.new_zeros(own_h.shape)
+        else:
+            d_h = grads.h[:, index * width : (index + 1) * width]
+            d_h = _in_order(d_h, layout, reverse=index == 1)
+        if grads.h_n is not None:
+            d_h = d_h.index_add(0, layout.last, grads.h_n[index, :active])
+        result = _backward(
+            d_h,
+            None if grads.c_n is None else grads.c_n[index],
+            _input(rows, layout, reverse=index == 1),
+            own_h,
+            *(layout, direction, h_0[index], c_0[index]),
+            saved[index * each : (index + 1) * each],
+        )
+        if grads.h_n is not None:
+            result.h_0[active:] = grads.h_n[index, active:]
+        d_own = result.x[:, : rows.shape[1]]
+        if index == 1:
+            d_own = d_own.index_select(0, layout.mirror)
+        d_rows = d_own if d_rows is None else d_rows + d_own
+        results.append(result)
+    found = [
+        d_rows,
+        torch.stack([result.h_0 for result in results]),
+        torch.stack([result.c_0 for result in results]),
+        *(gradient for result in results for gradient in result.weights if gradient is not None),
+    ]
+    return [None if gradient is None else gradient.to(dtype) for gradient in found]
+
+
+def _differentiable(
+    layout: RectangleLayout,
+    bias: bool,
+    grads: OutputGradients,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients as functions of inputs and ``grads`` that can be differentiated again."""
+    call = Call(layout.sizes, h_0.shape[0], bias, projection=False, cell_states=False)
+    packed = None if grads.h is None else grads.h.index_select(0, layout.valid)
+    inputs = [rows.index_select(0, layout.valid), h_0, c_0, *flat]
+    d_rows, *others = differentiable_backward(call, grads._replace(h=packed), inputs, needs)
+    if d_rows is not None:
+        d_rows = d_rows.new_zeros(rows.shape).index_copy(0, layout.valid, d_rows)
+    return [d_rows, *others]
+
+
+def run_rectangles(
+    layout: RectangleLayout,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    *,
+    bias: bool,
+    needs_grad: bool,
+) -> LayerOutput:
+    """All directions of one layer.
+
+    Args:
+        layout: of the batch.
+        rows: ``[N, I]``, zero in the padding.
+        h_0: ``[D, S, H]``.
+        c_0: ``[D, S, H]``.
+        flat: the weights of all directions, without projections.
+        bias: whether there are biases.
+        needs_grad: record it for backward.
+
+    Returns:
+        See :class:`LayerOutput`; ``h`` is zero in the padding, and ``c`` is None.
+    """
+    if needs_grad:
+        return LayerOutput(*RectangleRecurrence.apply(layout, bias, rows, h_0, c_0, *flat))
+    output, _ = _layer_forward(layout, bias, rows, h_0, c_0, flat, save=False)
+    return output

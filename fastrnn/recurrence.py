@@ -1,8 +1,7 @@
 """The recurrence of one layer over packed rows: forward, backward, and what runs them.
 
-:class:`LSTMRecurrence` is the ``torch.autograd.Function``. Its forward and backward are derived by
-hand and run as oneDNN rectangles or as the step loop, whichever the cost models say is faster for
-this batch. A backward that is itself differentiated goes through the differentiable step loop.
+:class:`LSTMRecurrence` is the ``torch.autograd.Function``. Its forward and backward are the step
+loop of reference.py. A backward that is itself differentiated goes through the differentiable one.
 
 16-bit inputs are computed in float32 and rounded once, at the output.
 
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrnn import costs, onednn, reference
-from fastrnn import rectangles as rects
+from fastrnn import reference
 from fastrnn.reference import Forward, Gradients, LayerWeights
 
 
@@ -52,10 +50,8 @@ class Call(NamedTuple):
         bias: whether there are biases.
         projection: whether there are projections.
         cell_states: whether the cell states are an output.
-        backend: "auto" or "reference".
         memory: "save" keeps the activated gates and tanh(c) for backward, 5 H numbers a row and
-            direction; "recompute" makes them again. oneDNN always keeps its workspace, so it does
-            not run with "recompute".
+            direction; "recompute" makes them again.
     """
 
     sizes: tuple[int, ...]
@@ -63,7 +59,6 @@ class Call(NamedTuple):
     bias: bool
     projection: bool
     cell_states: bool
-    backend: str
     memory: Memory = "save"
 
     def unflatten(self, flat: Sequence[Tensor]) -> list[LayerWeights]:
@@ -113,33 +108,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def onednn_can_run(call: Call, rows: Tensor) -> bool:
-    """Whether oneDNN knows all that the call asks for, and can run its rows."""
-    return (
-        call.backend != "reference"
-        and call.memory == "save"
-        and not call.cell_states
-        and not call.projection
-        and rows.numel() > 0
-        and onednn.available(rows)
-    )
-
-
-def _plan(call: Call, rows: Tensor, weights: LayerWeights, train: bool) -> rects.Plan | None:
-    """The rectangles to run; None for the step loop."""
-    if not onednn_can_run(call, rows):
-        return None
-    shape = rows.shape[1], weights.hidden_size
-    threads = torch.get_num_threads()
-    plan = rects.plan(call.sizes, costs.rectangle_costs(*shape, train=train, threads=threads))
-    loop = costs.step_loop_seconds(call.sizes, *shape, train=train, threads=threads)
-    return plan if plan.seconds <= loop else None
-
-
 class DirectionRun(NamedTuple):
-    """How a direction ran, and what it saved."""
+    """What a direction saved: its cell states, and what :func:`lstm_forward` says."""
 
-    plan: rects.Plan | None
     c: Tensor | None
     saved: tuple[Tensor, ...]
 
@@ -174,7 +145,7 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _to_compute(*tensors: Tensor) -> list[Tensor]:
+def to_compute(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the dtype they are computed in, without their history."""
     dtype = compute_dtype(tensors[0].dtype)
     if dtype == tensors[0].dtype:
@@ -187,25 +158,18 @@ def run_forward(
 ) -> tuple[LayerOutput, list[DirectionRun]]:
     """Run every direction."""
     dtype = rows.dtype
-    rows, h_0, c_0, *flat = _to_compute(rows, h_0, c_0, *flat)
-    weights = call.unflatten(flat)
-    plan = _plan(call, rows, weights[0], save)
-    results = []
-    for index, direction in enumerate(weights):
-        inputs = (rows, call.sizes, direction, h_0[index], c_0[index])
-        reverse = index == 1
-        if plan is not None:
-            run = rects.rectangle_forward(*inputs, plan.rectangles, reverse=reverse, save=save)
-        else:
-            run = reference.lstm_forward(
-                *inputs,
-                reverse=reverse,
-                save_gates=save and call.memory == "save",
-                save_cells=save or call.cell_states,
-            )
-        results.append(run)
+    rows, h_0, c_0, *flat = to_compute(rows, h_0, c_0, *flat)
+    results = [
+        reference.lstm_forward(
+            *(rows, call.sizes, direction, h_0[index], c_0[index]),
+            reverse=index == 1,
+            save_gates=save and call.memory == "save",
+            save_cells=save or call.cell_states,
+        )
+        for index, direction in enumerate(call.unflatten(flat))
+    ]
     output = _layer_output(call, results, dtype)
-    return output, [DirectionRun(plan, run.c, run.saved) for run in results]
+    return output, [DirectionRun(run.c, run.saved) for run in results]
 
 
 def _layer_output(call: Call, results: Sequence[Forward], dtype: torch.dtype) -> LayerOutput:
@@ -232,34 +196,26 @@ def run_backward(
 ) -> list[Tensor | None]:
     """Gradients of rows, h_0, c_0 and each weight, in their dtypes; ``needs`` in the same order."""
     dtype = rows.dtype
-    grads = OutputGradients(*(None if g is None else _to_compute(g)[0] for g in grads))
-    rows, h_0, c_0, h, *flat = _to_compute(rows, h_0, c_0, h, *flat)
+    grads = OutputGradients(*(None if g is None else to_compute(g)[0] for g in grads))
+    rows, h_0, c_0, h, *flat = to_compute(rows, h_0, c_0, h, *flat)
     size_h, hidden_size = h_0.shape[2], c_0.shape[2]
     each = len(flat) // call.directions
     d_rows: Tensor | None = None
     results: list[Gradients] = []
     by_direction = call.unflatten(flat)
     for index, (weights, run) in enumerate(zip(by_direction, directions, strict=True)):
-        reverse = index == 1
-        d_h = _columns(grads.h, index, size_h)
-        d_h_n = None if grads.h_n is None else grads.h_n[index]
-        d_c_n = None if grads.c_n is None else grads.c_n[index]
-        own_h = h[:, index * size_h : (index + 1) * size_h]
-        inputs = (rows, call.sizes, weights, h_0[index], c_0[index], own_h)
-        if run.plan is not None:
-            result = rects.rectangle_backward(
-                d_h, d_h_n, d_c_n, *inputs, run.plan.rectangles, run.saved, reverse=reverse
-            )
-        else:
-            assert run.c is not None
-            needs_weights = _layer_needs(needs[3 + index * each :][:each], call)
-            d_c = _columns(grads.c, index, hidden_size)
-            result = reference.lstm_backward(
-                *(d_h, d_h_n, d_c_n, d_c, *inputs, run.c, run.saved),
-                reverse=reverse,
-                needs_rows=needs[0],
-                needs_weights=needs_weights,
-            )
+        assert run.c is not None
+        result = reference.lstm_backward(
+            _columns(grads.h, index, size_h),
+            None if grads.h_n is None else grads.h_n[index],
+            None if grads.c_n is None else grads.c_n[index],
+            _columns(grads.c, index, hidden_size),
+            *(rows, call.sizes, weights, h_0[index], c_0[index]),
+            *(h[:, index * size_h : (index + 1) * size_h], run.c, run.saved),
+            reverse=index == 1,
+            needs_rows=needs[0],
+            needs_weights=_layer_needs(needs[3 + index * each :][:each], call),
+        )
         results.append(result)
         if result.rows is not None:
             d_rows = result.rows if d_rows is None else d_rows + result.rows
@@ -296,12 +252,10 @@ def _layer_needs(needs: Sequence[bool], call: Call) -> list[bool]:
 class LSTMRecurrence(torch.autograd.Function):
     """All directions of one layer with a hand-derived backward.
 
-    Saved for backward: the inputs, the outputs ``h``, and what each direction's path saves (the
-    step loop: c, H numbers a row, and unless ``memory="recompute"`` gates and tanh(c), 5 H; oneDNN:
-    its workspace). A second backward gives the same gradients; oneDNN uses its workspace as
-    scratch, so two threads must not run backward on one retained graph at once. Where backward
-    itself is differentiated (``create_graph=True``) it goes through
-    :func:`fastrnn.reference.lstm_composite`.
+    Saved for backward: the inputs, the outputs ``h``, c, H numbers a row and direction, and unless
+    ``memory="recompute"`` gates and tanh(c), 5 H. None is written to, so a second backward gives
+    the same gradients. Where backward itself is differentiated (``create_graph=True``) it goes
+    through :func:`fastrnn.reference.lstm_composite`.
     """
 
     @staticmethod
@@ -311,7 +265,6 @@ class LSTMRecurrence(torch.autograd.Function):
         """``h``, ``h_n``, ``c_n`` and ``c`` of :class:`LayerOutput`."""
         output, directions = run_forward(call, rows, h_0, c_0, flat, save=True)
         ctx.call, ctx.weights = call, len(flat)
-        ctx.plans = [run.plan for run in directions]
         saved = [tensor for run in directions for tensor in (run.c, *run.saved)]
         ctx.save_for_backward(rows, h_0, c_0, *flat, output.h, *saved)
         ctx.set_materialize_grads(False)
@@ -332,10 +285,8 @@ class LSTMRecurrence(torch.autograd.Function):
                 return (None, *differentiable_backward(ctx.call, grads, inputs, needs))
         each = len(saved) // ctx.call.directions
         directions = [
-            DirectionRun(
-                plan, saved[index * each], tuple(saved[index * each + 1 : (index + 1) * each])
-            )
-            for index, plan in enumerate(ctx.plans)
+            DirectionRun(saved[begin], tuple(saved[begin + 1 : begin + each]))
+            for begin in range(0, len(saved), each)
         ]
         with outside_autocast(rows.device):
             found = run_backward(ctx.call, grads, rows, h_0, c_0, flat, h, directions, needs)

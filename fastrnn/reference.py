@@ -193,7 +193,7 @@ def lstm_forward(
         See :class:`Forward`.
     """
     hidden_size = weights.hidden_size
-    bias, ih_t = weights.bias(), weights.ih.t()
+    input_t = _input_weights(weights).t()
     hh_t = weights.hh.t().contiguous()  # its view costs a small step up to a third more
     blocks = _blocks(sizes, hidden_size)
     most = max((block.end - block.begin for block in blocks), default=0)
@@ -211,7 +211,7 @@ def lstm_forward(
     for block in reversed(blocks) if reverse else blocks:
         begin = block.begin if save_gates else 0
         block_gates = gates[begin : begin + block.end - block.begin]
-        _project(rows[block.begin : block.end], ih_t, bias, block_gates)
+        torch.mm(_inputs(rows, block, weights), input_t, out=block_gates)
         steps = list(range(block.first, block.last))
         views = _gate_views(block_gates, [sizes[step] for step in steps], hidden_size)
         for at in range(len(steps) - 1, -1, -1) if reverse else range(len(steps)):
@@ -240,11 +240,20 @@ def lstm_forward(
     return Forward(h, h_n, c_n, c, (gates, tanh_c) if save_gates else ())
 
 
-def _project(rows: Tensor, ih_t: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, ih_t, out=out)
-    else:
-        torch.addmm(bias, rows, ih_t, out=out)
+def _input_weights(weights: LayerWeights) -> Tensor:
+    """``W_ih``, ``[4H, I]``, with the bias as one more column where there is one.
+
+    So the input's product adds the bias, and its gradient's product sums the bias's: neither costs
+    a pass over the gates of its own.
+    """
+    bias = weights.bias()
+    return weights.ih if bias is None else torch.cat([weights.ih, bias.unsqueeze(1)], 1)
+
+
+def _inputs(rows: Tensor, block: _Block, weights: LayerWeights) -> Tensor:
+    """A block's rows ``[n, I]``, with a column of ones where there is a bias."""
+    own = rows[block.begin : block.end]
+    return own if weights.bias_ih is None else functional.pad(own, (0, 1), value=1.0)
 
 
 def _gate_views(
@@ -298,9 +307,10 @@ def lstm_backward(
     """
     hidden_size, size_h = weights.hidden_size, h_0.shape[1]
     needs_ih, needs_hh, needs_bias_ih, needs_bias_hh, needs_hr = needs_weights
-    d_ih = torch.zeros_like(weights.ih) if needs_ih else None
+    input_weights = _input_weights(weights)
+    needs_bias = needs_bias_ih or needs_bias_hh
+    d_input_weights = torch.zeros_like(input_weights) if needs_ih or needs_bias else None
     d_hh = torch.zeros_like(weights.hh) if needs_hh else None
-    d_bias = rows.new_zeros(4 * hidden_size) if needs_bias_ih or needs_bias_hh else None
     d_hr = torch.zeros_like(weights.hr) if needs_hr and weights.hr is not None else None
     d_rows = torch.empty_like(rows) if needs_rows else None
     # The gradients that arrive at each sequence's state from the step behind.
@@ -314,7 +324,7 @@ def lstm_backward(
     blocks = _blocks(sizes, hidden_size)
     most = max((block.end - block.begin for block in blocks), default=0)
     gates, all_tanh_c = saved or (None, None)
-    bias, ih_t, hh_t = weights.bias(), weights.ih.t(), weights.hh.t()
+    hh_t = weights.hh.t()
     d_gates_buffer = rows.new_empty(most, 4 * hidden_size)
     c_buffer = rows.new_empty(most, hidden_size)
     h_buffer = rows.new_empty(most, size_h)
@@ -335,7 +345,7 @@ def lstm_backward(
         else:
             assert h_previous is not None
             block_gates = rows.new_empty(count, 4 * hidden_size)
-            _project(rows[block.begin : block.end], ih_t, bias, block_gates)
+            torch.mm(_inputs(rows, block, weights), input_weights.t(), out=block_gates)
             activate_(block_gates.addmm_(h_previous, hh_t))
             tanh_c = c[block.begin : block.end].tanh()
         i, f, g, o = block_gates.chunk(4, 1)
@@ -380,15 +390,17 @@ def lstm_backward(
 
         if d_rows is not None:
             torch.mm(d_gates, weights.ih, out=d_rows[block.begin : block.end])
-        if d_ih is not None:
-            d_ih.addmm_(d_gates.t(), rows[block.begin : block.end])
+        if d_input_weights is not None:
+            d_input_weights.addmm_(d_gates.t(), _inputs(rows, block, weights))
         if d_hh is not None and h_previous is not None:
             d_hh.addmm_(d_gates.t(), h_previous)
-        if d_bias is not None:
-            d_bias.add_(d_gates.sum(0))
         if d_hr is not None and d_h_buffer is not None:
             d_hr.addmm_(d_h_buffer[:count].t(), tanh_c * o)
 
+    d_ih, d_bias = None, None
+    if d_input_weights is not None:
+        d_ih = d_input_weights[:, : rows.shape[1]].contiguous() if needs_ih else None
+        d_bias = d_input_weights[:, -1].clone() if needs_bias else None
     d_biases = twin_gradients(d_bias, needs_bias_ih, needs_bias_hh)
     return Gradients(d_rows, h_state, c_state, (d_ih, d_hh, *d_biases, d_hr))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn.layer import lstm_layer
-from fastrnn.packing import PackedLayout
+from fastrnn.packing import Layout, RectangleLayout
 from fastrnn.padded import can_run_dense, run_dense
 from fastrnn.recurrence import Memory
 from fastrnn.reference import LayerWeights
@@ -37,7 +37,7 @@ class StackOutput(NamedTuple):
 
 def run_stack(
     rows: Tensor,
-    layout: PackedLayout,
+    layout: Layout,
     layers: Sequence[Sequence[LayerWeights]],
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -80,7 +80,7 @@ def run_stack(
     c = None
     for index, weights in enumerate(layers):
         if index and dropout:
-            rows = functional.dropout(rows, dropout, training=True)
+            rows = _dropout(rows, layout, dropout)
         part = slice(index * directions, (index + 1) * directions)
         output = lstm_layer(
             rows,
@@ -96,6 +96,15 @@ def run_stack(
         h_n.append(layout.leave(output.h_n))
         c_n.append(layout.leave(output.c_n))
     return StackOutput(rows, _concatenate(h_n), _concatenate(c_n), c)
+
+
+def _dropout(rows: Tensor, layout: Layout, probability: float) -> Tensor:
+    """Dropout of the valid rows, whose draws are nn.LSTM's for packed sequences."""
+    if not isinstance(layout, RectangleLayout):
+        return functional.dropout(rows, probability, training=True)
+    scale = rows.new_ones(layout.valid.shape[0], rows.shape[1])
+    scale = functional.dropout(scale, probability, training=True)
+    return rows * rows.new_zeros(rows.shape).index_copy_(0, layout.valid, scale)
 
 
 def _widths(layer: Sequence[LayerWeights]) -> tuple[int, int]:

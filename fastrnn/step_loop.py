@@ -41,8 +41,8 @@ def steps_forward(
 ) -> tuple[LayerOutput, States]:
     """Run every direction; rows past ``sum(call.sizes)`` are not read.
 
-    To ``save``, the call's backend must be "reference". The states come in the dtype they are
-    computed in; where they are an output, they are not in ``LayerOutput.c`` too.
+    The states come in the dtype they are computed in; where they are an output, they are not in
+    ``LayerOutput.c`` too.
     """
     count, valid = rows.shape[0], sum(call.sizes)
     output, runs = run_forward(call, rows[:valid], h_0, c_0, flat, save=save)
@@ -94,7 +94,7 @@ def steps_backward(
         saved: tuple[Tensor, ...] = ()
         if gates is not None and tanh_c is not None:
             saved = gates[:valid, index], tanh_c[:valid, index]
-        runs.append(DirectionRun(None, c[:valid, index], saved))
+        runs.append(DirectionRun(c[:valid, index], saved))
     grads = grads.of_rows(valid)
     d_rows, *others = run_backward(
         call, grads, rows[:valid], h_0, c_0, flat, h[:valid], runs, needs

@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import costs, onednn
-from fastrnn import lstm as lstm_module
 from fastrnn.costs import RectangleCosts
 
 # Of a tensor's largest entry: a few roundings, times the square root of the terms that are summed.
@@ -114,7 +113,7 @@ def forced(path):
         def patch(module, name, value):
             stack.enter_context(mock.patch.object(module, name, lambda *_, **__: value))
 
-        patch(lstm_module, "worth_padding", path == "padded")
+        patch(costs, "worth_padding", path == "padded")
         if path == "loop":
             patch(onednn, "available", False)
         else:

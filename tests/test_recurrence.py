@@ -60,11 +60,11 @@ def calls():
         return run
 
     loop = counted("loop", reference.lstm_forward)
-    rects = counted("rectangles", rectangles.rectangle_forward)
+    rects = counted("rectangles", rectangles._forward)
     padded = counted("padded", layer.run_padded)
     with (
         mock.patch.object(reference, "lstm_forward", loop),
-        mock.patch.object(rectangles, "rectangle_forward", rects),
+        mock.patch.object(rectangles, "_forward", rects),
         mock.patch.object(layer, "run_padded", padded),
     ):
         yield seen
@@ -78,7 +78,7 @@ def calls():
 )
 def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monkeypatch):
     monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: loop_seconds)
-    monkeypatch.setattr(fastrnn.lstm, "worth_padding", lambda *_, **__: padding)
+    monkeypatch.setattr(costs, "worth_padding", lambda *_, **__: padding)
     with torch.set_grad_enabled(train):
         make()(torch.randn(T, B, I), lengths=LENGTHS)
     assert calls == {"loop": 0, "rectangles": 0, "padded": 0, path: 1}
@@ -92,7 +92,7 @@ def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(m
         return 0.0
 
     monkeypatch.setattr(costs, "step_loop_seconds", step_loop_seconds)
-    monkeypatch.setattr(fastrnn.lstm, "worth_padding", lambda *_, **__: False)
+    monkeypatch.setattr(costs, "worth_padding", lambda *_, **__: False)
     lstm, x = make(), torch.randn(T, B, I)
     lstm(x, lengths=LENGTHS)
     with torch.no_grad():
