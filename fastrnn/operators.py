@@ -1,26 +1,33 @@
 """The recurrence as opaque operators of torch.library, for torch.compile and torch.export.
 
 A graph then holds one node a layer and never an unrolled loop. The operators compute what the
-functions of fused.py and step_loop.py compute: on the CPU the step loop, because what that saves
-has shapes that are known while tracing.
+functions of fused.py and step_loop.py compute: on the CPU in training always the step loop, because
+what that saves has shapes that are known while tracing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastrnn import onednn
+from fastrnn.arrange import Work
 from fastrnn.backends import on_kernels
 from fastrnn.fused import FusedCall, fused_backward, fused_forward
+from fastrnn.packing import cut_rows
+from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
     Call,
+    LayerOutput,
     Memory,
     OutputGradients,
     compute_dtype,
     host_sizes,
     outside_autocast,
+    pad_rows,
 )
 from fastrnn.step_loop import States, steps_backward, steps_forward
 
@@ -53,10 +60,35 @@ def lstm_layer_op(
             output, states = fused_forward(fused, batch_sizes, *inputs, save=save)
         else:
             shape = (host_sizes(batch_sizes), h_0.shape[0], bias, projection, cell_states)
-            output, states = steps_forward(Call(*shape, keep), *inputs, save=save)
+            call = Call(*shape, keep)
+            in_rectangles = None if save or backend != "auto" else infer(call, *inputs)
+            if in_rectangles is None:
+                output, states = steps_forward(call, *inputs, save=save)
+            else:
+                output, states = in_rectangles, States(None, None, None)
     empty = rows.new_empty(0, dtype=_state_dtype(rows, backend))
     c, gates, tanh_c = (empty.clone() if state is None else state for state in states)
     return output.h, output.h_n, output.c_n, c, gates, tanh_c
+
+
+def infer(
+    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+) -> LayerOutput | None:
+    """The layer without autograd as rectangles; None where they are not the fastest, or cannot."""
+    if (
+        call.projection
+        or call.cell_states
+        or call.memory != "save"
+        or not onednn.available(rows.device, compute_dtype(rows.dtype))
+    ):
+        return None
+    work = Work(rows.shape[1], c_0.shape[2], train=False, may_pad=False)
+    layout = cut_rows(call.sizes, h_0.shape[1], work.cut)
+    if layout is None:
+        return None
+    slots = rows.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
+    output = run_rectangles(layout, slots, h_0, c_0, flat, bias=call.bias, needs_grad=False)
+    return output._replace(h=pad_rows(output.h.index_select(0, layout.spread), rows.shape[0]))
 
 
 def _memory(name: str) -> Memory:

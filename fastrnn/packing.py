@@ -345,6 +345,38 @@ def ragged_layout(
     return _packed(found, sizes, sum(on_host))
 
 
+class _PackedRows:
+    """The rows of an exact :class:`PackedLayout`, as an input of their own."""
+
+    time_major = True
+    device = torch.device("cpu")
+
+    def __init__(self, sizes: Sequence[int], sequences: int) -> None:
+        self.batch, self.steps, self.entries = sequences, len(sizes), sum(sizes)
+        self.sizes = torch.tensor(sizes, dtype=torch.int64, device=self.device)
+        self.offsets = self.sizes.cumsum(0) - self.sizes
+
+    def own_lengths(self) -> Tensor:
+        """``[S]``, non-increasing."""
+        return (self.sizes > torch.arange(self.batch, device=self.device).unsqueeze(1)).sum(1)
+
+    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
+        """The row of a step of a sequence."""
+        return self.offsets.index_select(0, step) + element
+
+
+def cut_rows(sizes: Sequence[int], sequences: int, cut: Cut) -> RectangleLayout | None:
+    """How the rows of an exact :class:`PackedLayout` go into rectangles; None where they do not.
+
+    Args:
+        sizes: sequences active at each step.
+        sequences: S; those without a step count.
+        cut: where to cut.
+    """
+    layout = ragged_layout(_PackedRows(sizes, sequences), cut=cut)
+    return layout if isinstance(layout, RectangleLayout) else None
+
+
 class _Sorted(NamedTuple):
     """The sequences of a batch by decreasing length, and where their steps stand in the input.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fastrnn.costs import RectangleCosts, rectangle_costs
-from fastrnn.packing import Rectangle, ragged_layout
+from fastrnn.packing import Rectangle, cut_rows
 from fastrnn.rectangles import MOST_PLACES, plan, run_rectangles
 from fastrnn.reference import LayerWeights, lstm_backward, lstm_forward
 from tests.oracle import assert_agree, assert_identical
@@ -140,28 +140,11 @@ def pieces_of(sizes, cut):
     return cut_at(sizes, cut([t for t in range(1, len(sizes)) if sizes[t] < sizes[t - 1]]))
 
 
-class Rows:
-    """Packed rows as an input's form, with two sequences without a step among them."""
-
-    time_major = True
-    device = torch.device("cpu")
-
-    def __init__(self, sizes):
-        self.batch, self.steps, self.entries = sizes[0] + 2, len(sizes), sum(sizes)
-        self.sizes = torch.tensor(sizes, device="cpu")
-
-    def own_lengths(self):
-        return (self.sizes > torch.arange(self.batch, device="cpu").unsqueeze(1)).sum(1)
-
-    def flat_index(self, step, element):
-        return (self.sizes.cumsum(0) - self.sizes)[step] + element
-
-
 class Run:
     """Outputs of one direction over packed rows, and their gradients as often as wanted."""
 
     def __init__(self, problem, pieces, save):
-        layout = ragged_layout(Rows(problem.sizes), cut=lambda _: pieces)
+        layout = cut_rows(problem.sizes, problem.sizes[0] + 2, lambda _: pieces)
         directions = 2 if problem.reverse else 1
         self.sizes, self.valid = problem.sizes, layout.valid
         slots = problem.rows.new_zeros(layout.rows, problem.rows.shape[1])
