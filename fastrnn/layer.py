@@ -30,7 +30,6 @@ from fastrnn.recurrence import (
     LayerOutput,
     LSTMRecurrence,
     Memory,
-    compute_dtype,
     flatten_weights,
     host_sizes,
     outside_autocast,
@@ -38,7 +37,7 @@ from fastrnn.recurrence import (
     run_composite,
     run_forward,
 )
-from fastrnn.reference import LayerWeights
+from fastrnn.reference import LayerWeights, compute_dtype
 
 
 def lstm_layer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -10,12 +12,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.arrange import Work, arrange
 from fastrnn.backends import Backend, check_backend, resolve_backend
+from fastrnn.dense import can_run_dense, run_dense
 from fastrnn.forms import Form, Jagged, Packed, Padded
-from fastrnn.packing import Layout, Lengths
-from fastrnn.padded import can_run_onednn
-from fastrnn.recurrence import Memory, autocast_dtype
+from fastrnn.onednn import can_run_onednn
+from fastrnn.packing import Lengths
+from fastrnn.recurrence import Memory, autocast_dtype, flatten_weights
 from fastrnn.reference import LayerWeights
-from fastrnn.stack import StackOutput, run_stack
+from fastrnn.stack import run_stack
 
 States: TypeAlias = tuple[Tensor, Tensor]
 Sequences: TypeAlias = Tensor | PackedSequence
@@ -161,10 +164,7 @@ class LSTM(nn.RNNBase):
         backend = resolve_backend(
             *(self.backend, form.device, dtype, self.hidden_size, directions, self.proj_size)
         )
-        needs_grad = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (form.data, h_0, c_0, *(w for layer in layers for d in layer for w in d))
-        )
+        dropout = self.dropout if self.training else 0.0
         work = None
         if (
             backend == "auto"
@@ -172,6 +172,22 @@ class LSTM(nn.RNNBase):
             and not (self.proj_size or return_cell_states)
             and can_run_onednn(form.device, dtype)
         ):
+            if (
+                (lengths is None and mask is None and resets is None)
+                and isinstance(form, Padded)
+                and can_run_dense(form.x, dtype, layers)
+            ):
+                dense = run_dense(form.x, layers, h_0, c_0, self.batch_first, dropout)
+                return self._as_given(unbatched, (dense.h_n, dense.c_n), [dense.output])
+            needs_grad = torch.is_grad_enabled() and any(
+                tensor is not None and tensor.requires_grad
+                for tensor in (
+                    form.data,
+                    h_0,
+                    c_0,
+                    *chain.from_iterable(map(flatten_weights, layers)),
+                )
+            )
             may_pad = not (self.bidirectional and hx is not None)
             work = Work(self.input_size, self.hidden_size, needs_grad, may_pad)
         layout = arrange(form, lengths, mask, resets, work)
@@ -181,19 +197,19 @@ class LSTM(nn.RNNBase):
             [[weights.to(dtype) for weights in layer] for layer in layers],
             h_0,
             c_0,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             cell_states=return_cell_states,
             backend=backend,
             memory=self.memory,
         )
-        return self._restore(form, layout, result, unbatched)
-
-    def _restore(
-        self, form: Form, layout: Layout, result: StackOutput, unbatched: bool
-    ) -> tuple[Any, ...]:
-        states = result.h_n, result.c_n
         rows = [result.rows] if result.c is None else [result.rows, result.c]
         sequences = [form.restore(part, layout) for part in rows]
+        return self._as_given(unbatched, (result.h_n, result.c_n), sequences)
+
+    def _as_given(
+        self, unbatched: bool, states: States, sequences: Sequence[Sequences]
+    ) -> tuple[Any, ...]:
+        """What forward returns, unbatched where the input was."""
         if unbatched:
             dim = 0 if self.batch_first else 1
             states = states[0].squeeze(1), states[1].squeeze(1)

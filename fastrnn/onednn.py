@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastrnn.reference import LayerWeights, twin_gradients
+from fastrnn.reference import LayerWeights, compute_dtype, twin_gradients
 
 # Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
 CARRY = 1e4
@@ -60,6 +61,19 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
         and dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
+    )
+
+
+def can_run_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN can run rows of this dtype in float32, and torch differentiate it as asked.
+
+    torch has no rule for the operator while it traces or transforms functions.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and available(device, compute_dtype(dtype))
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 

@@ -24,11 +24,11 @@ from fastrnn.recurrence import (
     LayerOutput,
     Memory,
     OutputGradients,
-    compute_dtype,
     host_sizes,
     outside_autocast,
     pad_rows,
 )
+from fastrnn.reference import compute_dtype
 from fastrnn.step_loop import States, steps_backward, steps_forward
 
 

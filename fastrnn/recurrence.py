@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn import reference
-from fastrnn.reference import Forward, Gradients, LayerWeights
+from fastrnn.reference import Forward, Gradients, LayerWeights, compute_dtype
 
 
 class LayerOutput(NamedTuple):
@@ -101,11 +101,6 @@ def side_by_side(states: Tensor | Sequence[Tensor]) -> Tensor:
     """``[D, N, F]`` to ``[N, D * F]``."""
     parts = list(states)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that tensors of ``dtype`` are computed in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 class DirectionRun(NamedTuple):

@@ -80,6 +80,11 @@ class LayerWeights(NamedTuple):
         return self.bias_ih + self.bias_hh
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of ``dtype`` are computed in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 class Forward(NamedTuple):
     """What a direction computes.
 
@@ -149,6 +154,24 @@ def _previous(
     return torch.cat([states[before], initial[known:size]])
 
 
+def _all_previous(
+    rows: Tensor, initial: Tensor, sizes: Sequence[int], reverse: bool
+) -> list[Tensor]:
+    """:func:`_previous` of every step, out of the states ``[N, F]`` of all of them.
+
+    Forwards they are views, which may be taken before the states are there.
+    """
+    if not sizes:
+        return []
+    if reverse:
+        states = rows.split(list(sizes))
+        return [_previous(step, states, initial, sizes, True) for step in range(len(sizes))]
+    # One split makes the views for less than half of what slices cost.
+    following = [*sizes[1:], 0]
+    parts = [n for size, left in zip(sizes, following, strict=True) for n in (left, size - left)]
+    return [initial[: sizes[0]], *rows.split(parts)[:-2:2]]
+
+
 def _final(
     states: Sequence[Tensor], initial: Tensor, sizes: Sequence[int], reverse: bool
 ) -> Tensor:
@@ -204,6 +227,9 @@ def lstm_forward(
     if save_cells:
         c = rows.new_empty(rows.shape[0], hidden_size)
         c_steps = c.split(list(sizes))
+    # Backwards a step's states before it are known only once they are there.
+    h_before = None if reverse else _all_previous(h, h_0, sizes, False)
+    c_before = None if reverse or c is None else _all_previous(c, c_0, sizes, False)
     c_state = c_0.clone() if c is None else c_0  # updated in place where no step's c is kept
     tanh_c = rows.new_empty(rows.shape[0] if save_gates else h_0.shape[0], hidden_size)
     tanh_steps = tanh_c.split(list(sizes)) if save_gates else None
@@ -212,12 +238,16 @@ def lstm_forward(
         begin = block.begin if save_gates else 0
         block_gates = gates[begin : begin + block.end - block.begin]
         torch.mm(_inputs(rows, block, weights), input_t, out=block_gates)
-        steps = list(range(block.first, block.last))
-        views = _gate_views(block_gates, [sizes[step] for step in steps], hidden_size)
-        for at in range(len(steps) - 1, -1, -1) if reverse else range(len(steps)):
-            step = steps[at]
-            all_gates, i_f, i, f, g, o = (view[at] for view in views)
-            all_gates.addmm_(_previous(step, h_steps, h_0, sizes, reverse), hh_t)
+        views = _gate_views(block_gates, sizes[block.first : block.last], hidden_size)
+        steps = range(block.first, block.last)
+        for step, gates_t in zip(
+            reversed(steps) if reverse else steps,
+            zip(*map(reversed, views), strict=True) if reverse else zip(*views, strict=True),
+            strict=True,
+        ):
+            all_gates, i_f, i, f, g, o = gates_t
+            h_previous = h_before[step] if h_before else _previous(step, h_steps, h_0, sizes, True)
+            all_gates.addmm_(h_previous, hh_t)
             i_f.sigmoid_()
             g.tanh_()
             o.sigmoid_()
@@ -226,7 +256,8 @@ def lstm_forward(
                 c_t.mul_(f)
             else:
                 c_t = c_steps[step]
-                torch.mul(f, _previous(step, c_steps, c_0, sizes, reverse), out=c_t)
+                known = c_before[step] if c_before else _previous(step, c_steps, c_0, sizes, True)
+                torch.mul(f, known, out=c_t)
             c_t.addcmul_(i, g)
             tanh_t = tanh_c[: sizes[step]] if tanh_steps is None else tanh_steps[step]
             torch.tanh(c_t, out=tanh_t)
@@ -318,7 +349,8 @@ def lstm_backward(
     c_state = c_0.new_zeros(c_0.shape) if d_c_n is None else d_c_n.clone()
 
     sizes = list(sizes)
-    h_steps, c_steps = h.split(sizes), c.split(sizes)
+    h_before = _all_previous(h, h_0, sizes, reverse)
+    c_before = _all_previous(c, c_0, sizes, reverse)
     d_h_steps = d_h.split(sizes) if d_h is not None else None
     d_c_steps = d_c.split(sizes) if d_c is not None else None
     blocks = _blocks(sizes, hidden_size)
@@ -334,11 +366,9 @@ def lstm_backward(
         count = block.end - block.begin
         block_sizes = sizes[block.first : block.last]
         d_gates, c_previous = d_gates_buffer[:count], c_buffer[:count]
-        steps = range(block.first, block.last)
         h_previous = None
         if d_hh is not None or gates is None:
-            states = [_previous(t, h_steps, h_0, sizes, reverse) for t in steps]
-            h_previous = torch.cat(states, out=h_buffer[:count])
+            h_previous = torch.cat(h_before[block.first : block.last], out=h_buffer[:count])
         if gates is not None and all_tanh_c is not None:
             block_gates = gates[block.begin : block.end]
             tanh_c = all_tanh_c[block.begin : block.end]
@@ -349,7 +379,7 @@ def lstm_backward(
             activate_(block_gates.addmm_(h_previous, hh_t))
             tanh_c = c[block.begin : block.end].tanh()
         i, f, g, o = block_gates.chunk(4, 1)
-        torch.cat([_previous(t, c_steps, c_0, sizes, reverse) for t in steps], out=c_previous)
+        torch.cat(c_before[block.first : block.last], out=c_previous)
         # d_gates starts as what d_c (for i, f, g) and d_m (for o) are multiplied by, m = o tanh(c).
         d_i, d_f, d_g, d_o = d_gates.chunk(4, 1)
         _sigmoid_backward(g, i, grad_input=d_i)

@@ -1,7 +1,4 @@
-"""Layers upon layers: every layer's rows are the next one's input, with dropout between them.
-
-A dense batch that torch's own LSTM runs well on the CPU is one call of it for all layers.
-"""
+"""Layers upon layers: every layer's rows are the next one's input, with dropout between them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from torch.nn import functional
 
 from fastrnn.layer import lstm_layer
 from fastrnn.packing import Layout, RectangleLayout
-from fastrnn.padded import can_run_dense, run_dense
 from fastrnn.recurrence import Memory
 from fastrnn.reference import LayerWeights
 
@@ -64,16 +60,6 @@ def run_stack(
     Returns:
         See :class:`StackOutput`.
     """
-    if (
-        backend == "auto"
-        and memory == "save"
-        and not cell_states
-        and can_run_dense(rows, layout, layers)
-    ):
-        if h_0 is None or c_0 is None:  # always both
-            states = len(layers) * len(layers[0])
-            h_0 = c_0 = rows.new_zeros(states, layout.sequences, layers[0][0].hidden_size)
-        return StackOutput(*run_dense(rows, layout, layers, h_0, c_0, dropout), None)
     directions = len(layers[0])
     zeros = [rows.new_zeros(directions, layout.sequences, width) for width in _widths(layers[0])]
     h_n, c_n = [], []

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import layer, stack
+from fastrnn import layer
+from fastrnn import lstm as lstm_module
 from tests.oracle import (
     answer,
     as_function,
@@ -52,7 +53,7 @@ def run_padded(monkeypatch):
         return lambda *args: calls.append(1) or function(*args)
 
     monkeypatch.setattr(layer, "run_padded", counted(layer.run_padded))
-    monkeypatch.setattr(stack, "run_dense", counted(stack.run_dense))
+    monkeypatch.setattr(lstm_module, "run_dense", counted(lstm_module.run_dense))
     with forced("padded"):
         yield
     assert calls, "another path ran"
