@@ -17,6 +17,8 @@ from typing import Literal, get_args
 
 import torch
 
+from fastrnn.widening import wide_hidden_size
+
 Backend = Literal["auto", "reference", "triton"]
 Resolved = Literal["auto", "reference", "triton", "triton-or-reference"]
 
@@ -76,7 +78,7 @@ def _tile_reason(
 
     try:
         for choose in (forward_tile, backward_tile):
-            choose(1, hidden_size, directions, dtype, Chip.of(device))
+            choose(1, wide_hidden_size(hidden_size), directions, dtype, Chip.of(device))
     except ValueError as error:
         return str(error)
     return None

@@ -4,8 +4,8 @@ In this order:
 
 - while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
 - under functorch transforms or forward-mode derivatives: the differentiable step loop;
-- on a GPU that has them: the Triton kernels, fused.py;
-- where the rows are slots of rectangles: rectangles.py;
+- on a GPU that has them: the Triton kernels, fused.py, and widening.py for some hidden sizes;
+- where the rows are those of rectangles: rectangles.py;
 - where every sequence has all the rows: padded.py;
 - else the step loop of recurrence.py.
 """
@@ -38,6 +38,7 @@ from fastrnn.recurrence import (
     run_forward,
 )
 from fastrnn.reference import LayerWeights, compute_dtype
+from fastrnn.widening import narrow, widen
 
 
 def lstm_layer(
@@ -67,6 +68,11 @@ def lstm_layer(
         See :class:`LayerOutput`; rows past the valid ones are zero. Final states share memory with
         nothing and are not kept for backward.
     """
+    compiling, hidden_size = torch.compiler.is_compiling(), weights[0].hidden_size
+    composite = not compiling and needs_composite(rows, h_0, c_0, *flatten_weights(weights))
+    kernels = on_kernels(backend) and not composite
+    if kernels:
+        weights, h_0, c_0 = widen(weights, h_0, c_0)
     flat = flatten_weights(weights)
     bias, projection = weights[0].bias_ih is not None, weights[0].hr is not None
     inputs = (rows, h_0, c_0, *flat)
@@ -75,19 +81,19 @@ def lstm_layer(
         with outside_autocast(rows.device):
             return run_rectangles(layout, rows, h_0, c_0, flat, bias=bias, needs_grad=needs_grad)
     assert isinstance(layout, PackedLayout)
-    if torch.compiler.is_compiling():
+    if compiling:
         h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),
             *(bias, projection, cell_states, needs_grad, backend, memory),
         )
-        return LayerOutput(h, h_n, c_n, c.flatten(1).to(h.dtype) if cell_states else None)
-
-    composite = needs_composite(*inputs)
-    if on_kernels(backend) and not composite:
+        cells = c.flatten(1).to(h.dtype) if cell_states else None
+        return narrow(LayerOutput(h, h_n, c_n, cells), hidden_size)
+    if kernels:
         fused = FusedCall(len(weights), bias, cell_states, memory, backend)
         steps = layout.steps_on(rows.device)
         with outside_autocast(rows.device):
-            return run_fused(fused, steps, rows, h_0, c_0, flat, needs_grad=needs_grad)
+            output = run_fused(fused, steps, rows, h_0, c_0, flat, needs_grad=needs_grad)
+        return narrow(output, hidden_size)
 
     sizes = host_sizes(layout.batch_sizes)
     call = Call(sizes, len(weights), bias, projection, cell_states, memory)

@@ -2,9 +2,10 @@
 
 Without it an analytical rule (fastrnn_kernels/tiling.py) cuts the work of the Triton kernels. The
 search launches every tile that fits the GPU, over the lengths of an example batch, and keeps the
-fastest for this GPU and class of shapes: H, D, dtype, precision and the number of sequences up to
-the next power of two. The lengths themselves do not enter, so one example serves an epoch. From
-then on every LSTM of that class uses it, in this process and in later ones.
+fastest for this GPU and class of shapes: H up to the next multiple of 8, D, dtype, precision and
+the number of sequences up to the next power of two. The lengths themselves do not enter, so one
+example serves an epoch. From then on every LSTM of that class uses it, in this process and in later
+ones.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastrnn.backends import can_run_triton
 from fastrnn.lstm import LSTM
 from fastrnn.packing import Lengths, ragged_layout
 from fastrnn.recurrence import autocast_dtype
+from fastrnn.widening import wide_hidden_size
 
 if TYPE_CHECKING:
     from fastrnn_kernels.tuning import Tuned
@@ -92,7 +94,7 @@ def tune(
         layout.batch_sizes.to(form.device),
         layout.sequences,
         layout.rows,
-        lstm.hidden_size,
+        wide_hidden_size(lstm.hidden_size),
         directions,
         dtype,
         input_precision=input_precision(),

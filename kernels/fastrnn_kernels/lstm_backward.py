@@ -187,15 +187,20 @@ def lstm_backward_kernel(
         next_active, next_row = rows_of_step(batch_sizes_ptr, offsets_ptr, step, steps)
         step += direction_sign
         after_active, after_row = rows_of_step(batch_sizes_ptr, offsets_ptr, step, steps)
-        is_active = (rows < active)[:, None] & in_units
-        next_is_active = (rows < next_active)[:, None] & in_units
-        i, f, g, o = load_gates(gates_ptr, row + first_row, D * 4 * H, gate_offsets, is_active, H)
-        d_out = load_rows(d_h_ptr, row + first_row, D * H, row_offsets, is_active)
+        # By rows alone from step to step: with the units, whose mask is made anew where a row is
+        # loaded or stored, a thread keeps one for each of its cells, and spills. What is computed
+        # for units past H is zero without it.
+        is_active = (rows < active)[:, None]
+        next_is_active = (rows < next_active)[:, None]
+        mask = is_active & in_units
+        i, f, g, o = load_gates(gates_ptr, row + first_row, D * 4 * H, gate_offsets, mask, H)
+        d_out = load_rows(d_h_ptr, row + first_row, D * H, row_offsets, mask)
         d_cells = d_out
         if HAS_D_C:
-            d_cells = load_rows(d_c_ptr, row + first_row, D * H, row_offsets, is_active)
-        c = load_rows(c_ptr, row + first_row, D * H, row_offsets, is_active)
-        next_c = load_rows(c_ptr, next_row + first_row, D * H, row_offsets, next_is_active)
+            d_cells = load_rows(d_c_ptr, row + first_row, D * H, row_offsets, mask)
+        c = load_rows(c_ptr, row + first_row, D * H, row_offsets, mask)
+        mask = next_is_active & in_units
+        next_c = load_rows(c_ptr, next_row + first_row, D * H, row_offsets, mask)
 
         for iteration in tl.range(steps, disable_licm=True):
             i = i.to(tl.float32)
@@ -225,18 +230,17 @@ def lstm_backward_kernel(
                 count_arrival(tile_arrivals_ptr)
 
             # Between arrival and wait: what the others do not need, and what the next step will.
-            tile_row = row + first_row
-            store_gates(
-                d_gates_ptr, tile_row, D * 4 * H, gate_offsets, is_active, d_i, d_f, d_g, d_o, H
-            )
-            tile_row = next_row + first_row
-            i, f, g, o = load_gates(gates_ptr, tile_row, D * 4 * H, gate_offsets, next_is_active, H)
-            d_out = load_rows(d_h_ptr, tile_row, D * H, row_offsets, next_is_active)
+            tile_row, mask = row + first_row, is_active & in_units
+            store_gates(d_gates_ptr, tile_row, D * 4 * H, gate_offsets, mask, d_i, d_f, d_g, d_o, H)
+            tile_row, mask = next_row + first_row, next_is_active & in_units
+            i, f, g, o = load_gates(gates_ptr, tile_row, D * 4 * H, gate_offsets, mask, H)
+            d_out = load_rows(d_h_ptr, tile_row, D * H, row_offsets, mask)
             if HAS_D_C:
-                d_cells = load_rows(d_c_ptr, tile_row, D * H, row_offsets, next_is_active)
-            after_is_active = (rows < after_active)[:, None] & in_units
+                d_cells = load_rows(d_c_ptr, tile_row, D * H, row_offsets, mask)
+            after_is_active = (rows < after_active)[:, None]
+            mask = after_is_active & in_units
             c = next_c
-            next_c = load_rows(c_ptr, after_row + first_row, D * H, row_offsets, after_is_active)
+            next_c = load_rows(c_ptr, after_row + first_row, D * H, row_offsets, mask)
             row = next_row
             next_row = after_row
             step += direction_sign

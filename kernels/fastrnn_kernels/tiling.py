@@ -38,6 +38,9 @@ GROUP_CELLS = 512
 # Hidden units up to which tf32x3 keeps W_hh on chip, forward: the two parts of more blocks spill,
 # and backward of any.
 SPLIT_TF32X3 = 128
+# Columns of Blackwell's tensor memory. A product of 64 rows has its result there, in half as many
+# columns as it has itself; each product that is written out in the code has its own.
+TENSOR_MEMORY = 512
 # All that a thread can address. Left alone, ptxas at times stops at 128 and spills a few.
 REGISTERS = 255
 # What the compiler needs besides the buffers counted here: reductions, the barrier's broadcast,
@@ -83,6 +86,11 @@ class Chip:
     def wgmma(self) -> bool:
         """Whether products of 64 rows and more go to Hopper's warpgroup instruction."""
         return self.architecture == "sm_90"
+
+    @property
+    def tensor_memory(self) -> int | None:
+        """Columns of tensor memory, where products of 64 rows and more have their results there."""
+        return TENSOR_MEMORY if self.architecture in ("sm_100", "sm_103") else None
 
     @staticmethod
     def of(device: torch.device) -> Chip:
@@ -281,6 +289,10 @@ def candidates(
                 num_warps = max(num_warps, SM_100_WARPS)
             if num_warps > MOST_WARPS:
                 continue
+            # On gfx942 its eight warps would each have all 32 rows, and spill 740 registers.
+            amd = chip.warp_size == 64
+            if amd and which == "backward" and num_warps > 4 and BLOCK_B < 64:
+                continue
             shape = (BLOCK_B, BLOCK_H, unit_programs, batch_programs, num_warps)
             tile = _resident(which, H, itemsize, chip, parts, *shape)
             if tile is None or (parts > 1 and (H > SPLIT_TF32X3 or which == "backward")):
@@ -333,6 +345,8 @@ def _resident(
         shape = (BLOCK_B, BLOCK_H, unit_programs, batch_programs, num_warps)
         tile = _cut_k("split", which, H, itemsize, chip, parts, *shape)
     fits = shared_memory(tile, which, H, itemsize, parts) <= chip.shared_memory
+    if chip.tensor_memory is not None and tensor_memory(tile, which, H) > chip.tensor_memory:
+        fits = False
     return tile if fits else None
 
 
@@ -350,9 +364,12 @@ def _cut_k(
     num_warps: int,
 ) -> Tile:
     # 256 bytes of a row at a time, or 128: for 64 rows, or where that leaves less of the last block
-    # empty and still gives each warp a group.
+    # empty and still gives each warp a group, but not backward with 64 resident units, where more
+    # and smaller blocks spill two addresses on sm_90.
     BLOCK_K = 256 // itemsize
     emptier = round_up(H, BLOCK_K) > max(1.125 * H, round_up(H, BLOCK_K // 2))
+    if residency == "split" and which == "backward" and BLOCK_H >= 64:
+        emptier = False
     if BLOCK_B >= 64 or (emptier and 16 * num_warps <= BLOCK_K // 2):
         BLOCK_K //= 2
     if residency == "streamed":
@@ -413,6 +430,16 @@ def shared_memory(tile: Tile, which: Pass, H: int, itemsize: int, parts: int = 1
         return weight + max((tile.in_flight + 1) * block, result) + SHARED_MEMORY_SLACK
     stages = STREAM_STAGES * (block + tile.BLOCK_K * n * itemsize)
     return max(stages, result) + SHARED_MEMORY_SLACK
+
+
+def tensor_memory(tile: Tile, which: Pass, H: int) -> int:
+    """Columns of Blackwell's tensor memory: an upper bound, which the offline gate checks."""
+    if tile.BLOCK_B < 64:
+        return 0
+    n = columns(which, tile.BLOCK_H)
+    if tile.residency == "streamed":
+        return n
+    return round_up(reduction(tile, which, H) // tile.BLOCK_K * n // 2, 64)
 
 
 def step_cycles(

@@ -228,6 +228,13 @@ MUTANTS = [
         "row_offsets, new_h, mask=state_mask)",
     ),
     Mutant(
+        "backward: units past H are stored",
+        "backward",
+        BACKWARD,
+        "tile_row, mask = row + first_row, is_active & in_units",
+        "tile_row, mask = row + first_row, is_active",
+    ),
+    Mutant(
         "backward: inactive rows lose d_h",
         "backward",
         BACKWARD,

@@ -15,14 +15,17 @@ import pytest
 import triton
 
 import fastrnn_kernels
+from fastrnn.widening import UNITS, wide_hidden_size
 from fastrnn_kernels.offline import (
     BATCH_SIZES,
     DTYPES,
     HIDDEN_SIZES,
+    QUICK_HIDDEN_SIZES,
     TARGETS,
     Case,
     cases,
     difference,
+    kind_of,
     kinds,
     part_of,
     quick,
@@ -140,6 +143,19 @@ def test_the_grid_s_kinds_are_a_part_of_it_with_every_residency() -> None:
     assert {(case.chip, case.which) for case in quick(TARGETS)} == {
         (chip, which) for chip in TARGETS for which in ("forward", "backward")
     }
+
+
+def test_the_grid_has_every_kind_that_the_rule_chooses_for_a_layer() -> None:
+    """A kind that is missing is named with the hidden sizes that have it: add one of them."""
+    assert all(size == wide_hidden_size(size) for size in HIDDEN_SIZES)
+    assert all(wide_hidden_size(H) == H for sizes in QUICK_HIDDEN_SIZES.values() for H in sizes)
+    sizes_of: dict[tuple[object, ...], list[int]] = {}
+    for case in cases(TARGETS, range(UNITS, 2048 + 1, UNITS), BATCH_SIZES, ("bf16", "fp32")):
+        sizes_of.setdefault(kind_of(case), []).append(case.H)
+    grid = {kind_of(case) for case in cases(TARGETS, HIDDEN_SIZES, BATCH_SIZES, ("bf16", "fp32"))}
+    missing = {kind: sizes for kind, sizes in sizes_of.items() if kind not in grid}
+    assert not missing
+    assert grid == set(sizes_of)
 
 
 @pytest.mark.timeout(300)

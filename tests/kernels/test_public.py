@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -18,8 +17,8 @@ from fastrnn.packing import ragged_layout
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels.launch import CannotLaunch
-from fastrnn_kernels.tiling import Tile, ceil_div
-from tests.interpreter import RoundRobin, Schedule, cooperative, schedules
+from tests.interpreter import Schedule, schedules
+from tests.kernels.launches import on_kernels
 from tests.oracle import (
     answer,
     assert_agree,
@@ -33,37 +32,10 @@ from tests.oracle import (
 
 pytestmark = pytest.mark.interpreter
 
-backends_module = sys.modules["fastrnn.backends"]  # fastrnn.backends is the function
-
 B, T, I = 5, 4, 3
 LENGTHS = [3, 0, 4, 1, 4]
 RESIDENCIES = ("whole", "split", "streamed")
 every_residency = pytest.mark.parametrize("residency", RESIDENCIES)
-
-
-def small_tile(residency: str, S: int, H: int) -> Tile:
-    """Far smaller than a GPU's, so that small layers have several programs and batch tiles."""
-    if residency == "whole":
-        BLOCK = 1 << max(0, H - 1).bit_length()
-        return Tile("whole", 2, BLOCK, BLOCK, 1, min(2, ceil_div(S, 2)))
-    return Tile(residency, 2, 4, 4, ceil_div(H, 4), min(2, ceil_div(S, 2)))
-
-
-@contextlib.contextmanager
-def on_kernels(residency: str = "split", schedule: Schedule | None = None) -> Iterator[mock.Mock]:
-    """Kernels for tensors on the CPU. Yields what counts the launches."""
-
-    def choose(S: int, H: int, *_: object) -> Tile:
-        return small_tile(residency, S, H)
-
-    launches = mock.Mock(wraps=choose)
-    with (
-        mock.patch.object(backends_module, "_device_reason", lambda *_: None),
-        mock.patch.object(forward_module, "forward_tile", launches),
-        mock.patch.object(backward_module, "backward_tile", launches),
-        cooperative(schedule or RoundRobin()),
-    ):
-        yield launches
 
 
 def make(H: int = 5, **config: object) -> fastrnn.LSTM:

@@ -14,8 +14,10 @@ from fastrnn_kernels.tiling import (
     Tile,
     backward_tile,
     ceil_div,
+    fitting_tiles,
     forward_tile,
     shared_memory,
+    tensor_memory,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,6 +38,8 @@ def test_every_size_has_a_tile_that_fits(chip, S: int, H: int, D: int, dtype: to
             tile.residency == "whole"
         )
         assert shared_memory(tile, which, H, dtype.itemsize) <= chip.shared_memory
+        if chip.tensor_memory is not None:
+            assert tensor_memory(tile, which, H) <= chip.tensor_memory
         assert tile.padded(H) >= tile.unit_programs * tile.BLOCK_H
         assert tile.BLOCK_K // tile.groups >= 16
 
@@ -47,6 +51,20 @@ def test_every_size_has_a_tile_that_fits(chip, S: int, H: int, D: int, dtype: to
 def test_residency_in_16_bits_on_hopper(H: int, residency: str) -> None:
     for choose in (forward_tile, backward_tile):
         assert choose(16, H, 1, torch.bfloat16, CHIPS["sm_90"]).residency == residency
+
+
+@pytest.mark.parametrize(("H", "rows"), [(1024, 64), (1056, 32)])
+def test_products_of_64_rows_have_room_in_blackwells_tensor_memory(H: int, rows: int) -> None:
+    """Triton refuses to launch what has not; Hopper has no such memory."""
+    blackwell, hopper = (
+        max(
+            tile.BLOCK_B
+            for tile in fitting_tiles("backward", 64, H, 1, 2, CHIPS[chip])
+            if tile.residency == "split"
+        )
+        for chip in ("sm_100", "sm_90")
+    )
+    assert (blackwell, hopper) == (rows, 64)
 
 
 def test_whole_tiles_need_no_cooperative_launch() -> None:
