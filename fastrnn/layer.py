@@ -68,6 +68,10 @@ def lstm_layer(
         See :class:`LayerOutput`; rows past the valid ones are zero. Final states share memory with
         nothing and are not kept for backward.
     """
+    if isinstance(layout, RectangleLayout):
+        with outside_autocast(rows.device):
+            return run_rectangles(layout, rows, h_0, c_0, weights)
+    assert isinstance(layout, PackedLayout)
     compiling, hidden_size = torch.compiler.is_compiling(), weights[0].hidden_size
     composite = not compiling and needs_composite(rows, h_0, c_0, *flatten_weights(weights))
     kernels = on_kernels(backend) and not composite
@@ -77,10 +81,6 @@ def lstm_layer(
     bias, projection = weights[0].bias_ih is not None, weights[0].hr is not None
     inputs = (rows, h_0, c_0, *flat)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if isinstance(layout, RectangleLayout):
-        with outside_autocast(rows.device):
-            return run_rectangles(layout, rows, h_0, c_0, flat, bias=bias, needs_grad=needs_grad)
-    assert isinstance(layout, PackedLayout)
     if compiling:
         h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),

@@ -87,7 +87,7 @@ def infer(
     if layout is None:
         return None
     slots = rows.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
-    output = run_rectangles(layout, slots, h_0, c_0, flat, bias=call.bias, needs_grad=False)
+    output = run_rectangles(layout, slots, h_0, c_0, call.unflatten(flat))
     return output._replace(h=pad_rows(output.h.index_select(0, layout.spread), rows.shape[0]))
 
 

@@ -36,6 +36,7 @@ from fastrnn.recurrence import (
     LayerOutput,
     OutputGradients,
     differentiable_backward,
+    flatten_weights,
     outside_autocast,
     side_by_side,
     to_compute,
@@ -396,10 +397,7 @@ def run_rectangles(
     rows: Tensor,
     h_0: Tensor,
     c_0: Tensor,
-    flat: Sequence[Tensor],
-    *,
-    bias: bool,
-    needs_grad: bool,
+    weights: Sequence[LayerWeights],
 ) -> LayerOutput:
     """All directions of one layer.
 
@@ -408,14 +406,14 @@ def run_rectangles(
         rows: ``[N, I]``, zero in the padding.
         h_0: ``[D, S, H]``.
         c_0: ``[D, S, H]``.
-        flat: the weights of all directions, without projections.
-        bias: whether there are biases.
-        needs_grad: record it for backward.
+        weights: of each direction, without projections.
 
     Returns:
         See :class:`LayerOutput`; ``h`` is zero in the padding, and ``c`` is None.
     """
-    if needs_grad:
-        return LayerOutput(*RectangleRecurrence.apply(layout, bias, rows, h_0, c_0, *flat))
+    flat, bias = flatten_weights(weights), weights[0].bias_ih is not None
+    inputs = (rows, h_0, c_0, *flat)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return LayerOutput(*RectangleRecurrence.apply(layout, bias, *inputs))
     output, _ = _layer_forward(layout, bias, rows, h_0, c_0, flat, save=False)
     return output

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from fastrnn.costs import RectangleCosts, rectangle_costs
 from fastrnn.packing import Rectangle, cut_rows
 from fastrnn.rectangles import MOST_PLACES, plan, run_rectangles
+from fastrnn.recurrence import unflatten_weights
 from fastrnn.reference import LayerWeights, lstm_backward, lstm_forward
 from tests.oracle import assert_agree, assert_identical
 
@@ -157,7 +158,8 @@ class Run:
         self.inputs = [tensor.detach().requires_grad_(save) for tensor in inputs]
         rows, h_0, c_0, *flat = self.inputs
         bias = problem.weights.bias_ih is not None
-        output = run_rectangles(layout, rows, h_0, c_0, flat, bias=bias, needs_grad=save)
+        weights = unflatten_weights(flat, directions, bias=bias, projection=False)
+        output = run_rectangles(layout, rows, h_0, c_0, weights)
         self.output, self.own, self.direction = output, len(own), directions - 1
         hidden_size = problem.weights.hidden_size
         columns = slice(self.direction * hidden_size, (self.direction + 1) * hidden_size)
