@@ -438,7 +438,7 @@ def tensor_memory(tile: Tile, which: Pass, H: int) -> int:
         return 0
     n = columns(which, tile.BLOCK_H)
     if tile.residency == "streamed":
-        return n
+        return max(n, 32)  # the least there is
     return round_up(reduction(tile, which, H) // tile.BLOCK_K * n // 2, 64)
 
 

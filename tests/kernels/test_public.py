@@ -180,11 +180,11 @@ def test_padding_changes_nothing(bounded: bool) -> None:
 def _bounded() -> Iterator[None]:
     """Layouts as they are where the lengths are on the device: without knowing them."""
 
-    def layout(*arguments):
+    def layout(*arguments, cut):
         with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
-            return ragged_layout(*arguments)
+            return ragged_layout(*arguments, cut=cut)
 
-    with mock.patch("fastrnn.lstm.ragged_layout", layout):
+    with mock.patch("fastrnn.arrange.ragged_layout", layout):
         yield
 
 
