@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastrnn.forms import Jagged, Packed, Padded
-from fastrnn.packing import dense_layout, ragged_layout
+from fastrnn.packing import (
+    PackedLayout,
+    Rectangle,
+    RectangleLayout,
+    dense_layout,
+    ragged_layout,
+)
 from tests.oracle import LENGTHS, mixed_lengths, valid_steps
 
 B, T = 4, 6
@@ -98,7 +104,52 @@ def bounded_layout(*args, **kwargs):
         return ragged_layout(*args, **kwargs)
 
 
-REGIMES = {"exact": ragged_layout, "bounded": bounded_layout}
+def pairs_of_steps(sizes):
+    """Rectangles of two steps, one sequence wider than they need be, and beyond the last step."""
+    return [
+        Rectangle(first, first + 2, min(sizes[first] + 1, sizes[0]))
+        for first in range(0, len(sizes), 2)
+    ]
+
+
+def cut_layout(*args, **kwargs):
+    """Cut into rectangles; given back as the packed layout of its valid rows."""
+    layout = ragged_layout(*args, **kwargs, cut=pairs_of_steps)
+    if not isinstance(layout, RectangleLayout):  # no step is valid
+        assert layout.rows == 0
+        return layout
+    check_rectangles(layout)
+    return PackedLayout(
+        layout.valid.shape[0],
+        layout.sequences,
+        torch.tensor(layout.sizes),
+        layout.gather[layout.valid],
+        layout.owner,
+        layout.enters,
+        layout.leaves,
+    )
+
+
+def check_rectangles(layout):
+    """Rows, places and steps of a cut layout belong to one another."""
+    slots = sum((last - first) * sequences for first, last, sequences in layout.rectangles)
+    assert layout.rows == slots + 1
+    rows = range(layout.rows)
+    assert sorted([*layout.valid.tolist(), *layout.padding.tolist()]) == list(rows)
+    assert layout.padding[-1] == slots
+    assert layout.carry.squeeze(1).nonzero().squeeze(1).tolist() == layout.padding.tolist()
+    where = {(int(layout.step[r]), int(layout.sequence[r])): r for r in layout.valid.tolist()}
+    lengths = layout.lengths.tolist()
+    assert sorted(where) == sorted((t, s) for s, n in enumerate(lengths) for t in range(n))
+    back = layout.spread.tolist()
+    assert all(back[layout.gather[row]] == row for row in layout.valid.tolist())
+    assert back.count(slots) == len(back) - len(where)
+    assert layout.last.tolist() == [where[n - 1, s] for s, n in enumerate(lengths) if n]
+    opposite = {row: where[lengths[s] - 1 - t, s] for (t, s), row in where.items()}
+    assert layout.mirror.tolist() == [opposite.get(row, row) for row in rows]
+
+
+REGIMES = {"exact": ragged_layout, "bounded": bounded_layout, "cut": cut_layout}
 every_regime = pytest.mark.parametrize("make", REGIMES.values(), ids=REGIMES)
 every_order = pytest.mark.parametrize(
     "batch_first", [False, True], ids=["time-major", "batch-first"]
