@@ -67,9 +67,9 @@ def _collect(flat: Tensor, layout: Layout) -> Tensor:
     if isinstance(layout, RectangleLayout):
         collected: Tensor = _IntoRectangles.apply(flat, layout)
         return collected
-    assert isinstance(layout, PackedLayout)
     if layout.gather is None:
         return flat
+    assert isinstance(layout, PackedLayout)
     if layout.exact:
         return flat.index_select(0, layout.gather)
     # Unused rows are zero: the products over all rows that follow would carry a NaN on.

@@ -6,7 +6,7 @@ In this order:
 - under functorch transforms or forward-mode derivatives: the differentiable step loop;
 - on a GPU that has them: the Triton kernels, fused.py, and widening.py for some hidden sizes;
 - where the rows are those of rectangles: rectangles.py;
-- where every sequence has all the rows: padded.py;
+- where they are those of the padded batch, or every sequence has all steps: padded.py;
 - else the step loop of recurrence.py.
 """
 
@@ -22,7 +22,7 @@ from fastrnn import onednn
 from fastrnn.backends import on_kernels
 from fastrnn.fused import FusedCall, run_fused
 from fastrnn.operators import lstm_layer_op
-from fastrnn.packing import Layout, PackedLayout, RectangleLayout
+from fastrnn.packing import Layout, PackedLayout, PaddedLayout, RectangleLayout
 from fastrnn.padded import run_padded
 from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
@@ -71,6 +71,9 @@ def lstm_layer(
     if isinstance(layout, RectangleLayout):
         with outside_autocast(rows.device):
             return run_rectangles(layout, rows, h_0, c_0, weights)
+    if isinstance(layout, PaddedLayout):
+        with outside_autocast(rows.device):
+            return run_padded(rows, layout, weights, h_0, c_0)
     assert isinstance(layout, PackedLayout)
     compiling, hidden_size = torch.compiler.is_compiling(), weights[0].hidden_size
     composite = not compiling and needs_composite(rows, h_0, c_0, *flatten_weights(weights))
@@ -102,7 +105,7 @@ def lstm_layer(
     with outside_autocast(rows.device):
         if composite:
             output = run_composite(call, rows, h_0, c_0, flat)
-        elif layout.padding is not None or (
+        elif (
             backend == "auto"
             and memory == "save"
             and not (cell_states or projection)
@@ -110,7 +113,8 @@ def lstm_layer(
             and sizes[-1] == layout.sequences
             and onednn.available(rows.device, compute_dtype(rows.dtype))
         ):
-            output = run_padded(rows, layout, weights, h_0, c_0)
+            dense = PaddedLayout(rows.shape[0], layout.sequences)
+            output = run_padded(rows, dense, weights, h_0, c_0)
         elif needs_grad:
             output = LayerOutput(*LSTMRecurrence.apply(call, rows, h_0, c_0, *flat))
         else:

@@ -16,7 +16,7 @@ from fastrnn.dense import can_run_dense, run_dense
 from fastrnn.forms import Form, Jagged, Packed, Padded
 from fastrnn.onednn import can_run_onednn
 from fastrnn.packing import Lengths
-from fastrnn.recurrence import Memory, autocast_dtype, flatten_weights
+from fastrnn.recurrence import Memory, autocast_dtype, flatten_weights, unflatten_weights
 from fastrnn.reference import LayerWeights
 from fastrnn.stack import run_stack
 
@@ -272,17 +272,12 @@ class LSTM(nn.RNNBase):
 
     def _layers(self) -> list[list[LayerWeights]]:
         """The weights of each layer and direction, read anew at every call."""
-        names = iter(self._flat_weights_names)
+        flat: list[Tensor] = [getattr(self, name) for name in self._flat_weights_names]
         directions = 2 if self.bidirectional else 1
-
-        def direction() -> LayerWeights:
-            ih, hh = getattr(self, next(names)), getattr(self, next(names))
-            bias_ih = getattr(self, next(names)) if self.bias else None
-            bias_hh = getattr(self, next(names)) if self.bias else None
-            hr = getattr(self, next(names)) if self.proj_size else None
-            return LayerWeights(ih, hh, bias_ih, bias_hh, hr)
-
-        return [[direction() for _ in range(directions)] for _ in range(self.num_layers)]
+        each = unflatten_weights(
+            *(flat, self.num_layers * directions), bias=self.bias, projection=self.proj_size > 0
+        )
+        return [each[begin : begin + directions] for begin in range(0, len(each), directions)]
 
     def _check_device(self, kind: str, form: Form, *tensors: Tensor) -> None:
         for tensor in tensors:

@@ -5,9 +5,10 @@ order of :class:`torch.nn.utils.rnn.PackedSequence`. Step ``t`` owns ``batch_siz
 rows. Lengths, masks with holes and resets differ only in which steps of the input those rows are,
 so everything behind this module sees one form.
 
-Where oneDNN will run them the rows are a little more, a :class:`RectangleLayout`: those of
+Where oneDNN will run them the rows are a little more. A :class:`RectangleLayout` has those of
 :class:`Rectangle` after rectangle, each a dense batch of its own, with padding at its sequences'
-ends. The valid rows among them are in the same order.
+ends; the valid rows among them are in the same order. A :class:`PaddedLayout` has all that the
+padded batch has.
 
 Notation: B batch, T steps of the input, S sequences of the layout (B, or more when resets cut a
 sequence into segments), N rows, D directions.
@@ -22,7 +23,6 @@ Limits: a layout is built anew at every call (0.1 to 0.2 ms); it knows nothing o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,9 +102,6 @@ class PackedLayout(Layout):
         enters: see :class:`Layout`.
         leaves: see :class:`Layout`.
         exact: whether N is exact, and ``batch_sizes`` on the host.
-        padding: ``[N]`` bool, rows that are padding all the same (:func:`padded_layout`). None: no
-            row is.
-        last: ``[B]`` int64, the row of each sequence's last valid step, where there is padding.
     """
 
     rows: int
@@ -115,8 +112,6 @@ class PackedLayout(Layout):
     enters: Tensor | None = None
     leaves: Tensor | None = None
     exact: bool = True
-    padding: Tensor | None = None
-    last: Tensor | None = None
 
     def steps_on(self, device: torch.device) -> Tensor:
         """``batch_sizes`` on the device; a dense batch's are made there, not copied."""
@@ -126,6 +121,33 @@ class PackedLayout(Layout):
         if self.rows == steps * self.sequences:
             return torch.full((steps,), self.sequences, dtype=torch.int64, device=device)
         return self.batch_sizes.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedLayout(Layout):
+    """Rows are all steps of a padded batch on the CPU as it stands, T * B of them, time-major.
+
+    Attributes:
+        rows: N = T * B.
+        sequences: B.
+        padding: int64, the rows that are padding. None: none is.
+        carry: ``[N, 1]`` float32, 1 where a row is padding: the carry feature of onednn.py.
+        last: ``[B]`` int64, the row of each sequence's last valid step.
+        gather: None, as the next three: the identity.
+        owner: see above.
+        enters: see above.
+        leaves: see above.
+    """
+
+    rows: int
+    sequences: int
+    padding: Tensor | None = None
+    carry: Tensor | None = None
+    last: Tensor | None = None
+    gather: None = None
+    owner: None = None
+    enters: None = None
+    leaves: None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +270,7 @@ def dense_layout(steps: int, batch: int, device: torch.device | str = "cpu") -> 
     return PackedLayout(steps * batch, batch, sizes)
 
 
-def padded_layout(steps: int, batch: int, lengths: Tensor) -> PackedLayout:
+def padded_layout(steps: int, batch: int, lengths: Tensor) -> PaddedLayout:
     """The layout of a padded batch that is not worth packing: its padding stays among the rows.
 
     Args:
@@ -256,11 +278,12 @@ def padded_layout(steps: int, batch: int, lengths: Tensor) -> PackedLayout:
         batch: B.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    if int(lengths.min()) == steps:
-        return dense_layout(steps, batch)
-    padding = torch.arange(steps, device="cpu").unsqueeze(1) >= lengths
+    empty = (torch.arange(steps, device="cpu").unsqueeze(1) >= lengths).view(-1, 1)
+    padding = empty.nonzero()[:, 0]
+    if not padding.shape[0]:
+        return PaddedLayout(steps * batch, batch)
     last = torch.add(torch.arange(batch, device="cpu"), lengths - 1, alpha=batch)
-    return dataclasses.replace(dense_layout(steps, batch), padding=padding.flatten(), last=last)
+    return PaddedLayout(steps * batch, batch, padding, empty.to(torch.float32), last)
 
 
 @overload

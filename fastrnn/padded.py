@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from fastrnn import onednn
-from fastrnn.packing import PackedLayout
+from fastrnn.packing import PaddedLayout
 from fastrnn.recurrence import LayerOutput, side_by_side
 from fastrnn.reference import LayerWeights, compute_dtype
 
 
 def run_padded(
     rows: Tensor,
-    layout: PackedLayout,
+    layout: PaddedLayout,
     weights: Sequence[LayerWeights],
     h_0: Tensor,
     c_0: Tensor,
@@ -34,7 +34,7 @@ def run_padded(
 
     Args:
         rows: ``[T * B, I]``; 16-bit ones are computed in float32 and rounded at the output.
-        layout: in which every sequence has all the rows; of them ``layout.padding`` are padding.
+        layout: of the batch.
         weights: of each direction, without projections.
         h_0: ``[D, B, H]``; zeros where there is padding and D is 2.
         c_0: ``[D, B, H]``, likewise.
@@ -43,22 +43,21 @@ def run_padded(
         See :class:`LayerOutput`; outputs in the padding are zero, and ``c`` is None.
     """
     dtype, wide = rows.dtype, compute_dtype(rows.dtype)
-    rows, h_0, c_0 = rows.to(wide), h_0.to(wide), c_0.to(wide)
-    weights = [direction.to(wide) for direction in weights]
-    padding = None
-    if layout.padding is not None:
-        padding = layout.padding.nonzero().squeeze(1)
-        carry = layout.padding.unsqueeze(1).to(rows.dtype)
-        rows = torch.cat([rows.index_fill(0, padding, 0.0), carry], 1)
+    rows, h_0, c_0 = rows.to(wide), h_0.to(wide).contiguous(), c_0.to(wide).contiguous()
+    if layout.padding is not None and layout.carry is not None:
+        rows = torch.cat([rows.index_fill(0, layout.padding, 0.0), layout.carry], 1)
     x = rows.contiguous().view(-1, layout.sequences, rows.shape[1])
     outputs, h_finals, c_finals = [], [], []
     for index, direction in enumerate(weights):
-        output, h_n, c_n = _run_direction(
-            x, direction, h_0[index], c_0[index], layout.padding, reverse=index == 1
-        )
-        if padding is not None:
-            output = output.index_fill(0, padding, 0.0)
-            if index == 0 and layout.last is not None:  # the last step may be padding
+        operands = onednn.operands(direction.to(wide), carry=layout.padding is not None)
+        inputs = (x, operands, h_0[index], c_0[index])
+        tensors = (x, *operands, h_0, c_0)
+        save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        output, h_n, c_n, _ = onednn.dense_forward(*inputs, reverse=index == 1, save=save)
+        output = output.view(-1, h_n.shape[1])
+        if layout.padding is not None and layout.last is not None:
+            output = output.index_fill(0, layout.padding, 0.0)
+            if index == 0:  # the last step may be padding
                 h_n = output.index_select(0, layout.last)
         outputs.append(output)
         h_finals.append(h_n)
@@ -66,22 +65,3 @@ def run_padded(
     found = side_by_side(outputs), torch.stack(h_finals), torch.stack(c_finals)
     h, h_n, c_n = (tensor.to(dtype) for tensor in found)
     return LayerOutput(h, h_n, c_n, None)
-
-
-def _run_direction(
-    x: Tensor,
-    weights: LayerWeights,
-    h_0: Tensor,
-    c_0: Tensor,
-    padding: Tensor | None,
-    *,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs ``[T * B, H]`` and final states ``[B, H]``."""
-    operands = onednn.operands(weights, carry=padding is not None)
-    inputs = (x, *operands, h_0, c_0)
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    output, h_n, c_n, _ = onednn.dense_forward(
-        x, operands, h_0.contiguous(), c_0.contiguous(), reverse=reverse, save=save
-    )
-    return output.view(-1, h_n.shape[1]), h_n, c_n
