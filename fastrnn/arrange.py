@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import costs
-from fastrnn.forms import Form, Padded
+from fastrnn.forms import Form, Packed, Padded
 from fastrnn.packing import (
     Layout,
     Lengths,
@@ -33,6 +33,7 @@ class Work(NamedTuple):
         input_size: I, of the first layer.
         hidden_size: H.
         train: forward and backward, rather than forward alone.
+        packed: whether the input is packed as it comes.
         may_pad: whether the padded batch may run as it stands.
     """
 
@@ -40,13 +41,16 @@ class Work(NamedTuple):
     hidden_size: int
     train: bool
     may_pad: bool
+    packed: bool = False
 
     def cut(self, sizes: tuple[int, ...]) -> Sequence[Rectangle] | None:
         """Where to cut a batch with so many sequences active at each step; None: pack it."""
         shape, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
         cost = costs.rectangle_costs(*shape, train=self.train, threads=threads)
         found = plan(sizes, cost)
-        loop = costs.step_loop_seconds(sizes, *shape, train=self.train, threads=threads)
+        loop = costs.step_loop_seconds(
+            sizes, *shape, train=self.train, threads=threads, packed=self.packed
+        )
         return found.rectangles if found.seconds <= loop else None
 
     def worth_padding(self, padded_rows: int) -> bool:
@@ -77,6 +81,8 @@ def arrange(
     cut = None if work is None else work.cut
     if mask is None and resets is None:
         if lengths is None:
+            if work is not None and isinstance(form, Packed):
+                cut = work._replace(packed=True).cut
             return form.layout(cut)
         on_host = not (isinstance(lengths, Tensor) and not lengths.is_cpu)
         if work is not None and work.may_pad and on_host and isinstance(form, Padded):

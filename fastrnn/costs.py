@@ -18,7 +18,8 @@ class RectangleCosts(NamedTuple):
     """Of the path in rectangles.py.
 
     Attributes:
-        layer: once a direction: finding the slots and moving rows to them and back.
+        layer: once a direction: finding the rows, moving them there and back, and the code that
+            oneDNN compiles for shapes it has not met.
         call: once a rectangle; oneDNN packs the weights anew in each.
         row: of a row, padding included.
         step: of a step of a rectangle, in rows.
@@ -38,15 +39,21 @@ def rectangle_costs(
     packing = weights / threads**0.7
     if train:
         return RectangleCosts(
-            1060e-6, 330e-6 + 3.5e-9 * packing, (2.1e-6 + 0.0755e-9 * weights) / threads
+            1700e-6, 165e-6 + 1.75e-9 * packing, (2.1e-6 + 0.0755e-9 * weights) / threads
         )
     return RectangleCosts(
-        480e-6, 170e-6 + 1.2e-9 * packing, (0.9e-6 + 0.0254e-9 * weights) / threads
+        1000e-6, 85e-6 + 0.6e-9 * packing, (0.9e-6 + 0.0254e-9 * weights) / threads
     )
 
 
 def step_loop_seconds(
-    sizes: Sequence[int], input_size: int, hidden_size: int, *, train: bool, threads: int
+    sizes: Sequence[int],
+    input_size: int,
+    hidden_size: int,
+    *,
+    train: bool,
+    threads: int,
+    packed: bool = False,
 ) -> float:
     """The model of reference.py; its many small products use more threads badly.
 
@@ -56,6 +63,7 @@ def step_loop_seconds(
         hidden_size: H.
         train: forward and backward, rather than forward alone.
         threads: torch's.
+        packed: the input is a PackedSequence, whose rows stay where they are. Default: False.
     """
     weights = 4 * hidden_size * (input_size + hidden_size)
     scale = float(threads**-0.7)
@@ -65,6 +73,8 @@ def step_loop_seconds(
     else:
         layer, step, row = 0.1e-3, 37e-6, 1.0e-6 + 0.034e-9 * weights
         layer, step = layer + 8.9e-9 * weights, step + 0.075e-9 * weights
+    if packed:
+        layer -= 0.6e-3 if train else 0.3e-3
     return layer + len(sizes) * step + sum(sizes) * row * scale
 
 

@@ -6,6 +6,7 @@ puts rows ``[N, F]`` back: zeros where the input had no valid step.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import torch
@@ -17,9 +18,14 @@ from fastrnn.packing import (
     Layout,
     PackedLayout,
     RectangleLayout,
+    cut_rows,
     dense_layout,
     ragged_layout,
 )
+
+
+def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
+    return flat.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
 
 
 class _IntoRectangles(torch.autograd.Function):
@@ -28,7 +34,7 @@ class _IntoRectangles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, layout: RectangleLayout) -> Tensor:
         ctx.layout = layout
-        return flat.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
+        return _into_rectangles(flat, layout)
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
@@ -51,6 +57,8 @@ class _OutOfRectangles(torch.autograd.Function):
 def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     """Rows back to their places in ``[entries, F]``; zeros elsewhere."""
     if isinstance(layout, RectangleLayout):
+        if not (torch.is_grad_enabled() and rows.requires_grad):
+            return rows.index_select(0, layout.spread)
         spread: Tensor = _OutOfRectangles.apply(rows, layout)
         return spread
     assert isinstance(layout, PackedLayout)
@@ -65,6 +73,8 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
 def _collect(flat: Tensor, layout: Layout) -> Tensor:
     """The layout's rows out of ``[entries, F]``."""
     if isinstance(layout, RectangleLayout):
+        if not (torch.is_grad_enabled() and flat.requires_grad):
+            return _into_rectangles(flat, layout)
         collected: Tensor = _IntoRectangles.apply(flat, layout)
         return collected
     if layout.gather is None:
@@ -136,17 +146,14 @@ class Packed:
 
     def layout(self, cut: Cut | None = None) -> Layout:
         """The layout it is, and nothing is copied; or what ``cut`` makes of it."""
-        if cut is not None:
-            layout = ragged_layout(self, cut=cut)
-            if isinstance(layout, RectangleLayout):
-                return layout
         inverse = self.x.unsorted_indices
+        owner, leaves = self.x.sorted_indices, None if inverse is None else inverse.unsqueeze(0)
+        if cut is not None:
+            layout = cut_rows(self.x.batch_sizes.tolist(), self.batch, cut)
+            if layout is not None:
+                return dataclasses.replace(layout, owner=owner, leaves=leaves)
         return PackedLayout(
-            self.entries,
-            self.batch,
-            self.x.batch_sizes,
-            owner=self.x.sorted_indices,
-            leaves=None if inverse is None else inverse.unsqueeze(0),
+            self.entries, self.batch, self.x.batch_sizes, owner=owner, leaves=leaves
         )
 
     def flat_index(self, step: Tensor, element: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ Limits: a layout is built anew at every call (0.1 to 0.2 ms); it knows nothing o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,9 +186,9 @@ class RectangleLayout(Layout):
     step: Tensor
     sequence: Tensor
     lengths: Tensor
-    owner: Tensor
+    owner: Tensor | None
     enters: Tensor | None
-    leaves: Tensor
+    leaves: Tensor | None
 
     @property
     def has_padding(self) -> bool:
@@ -376,12 +377,11 @@ class _PackedRows:
 
     def __init__(self, sizes: Sequence[int], sequences: int) -> None:
         self.batch, self.steps, self.entries = sequences, len(sizes), sum(sizes)
-        self.sizes = torch.tensor(sizes, dtype=torch.int64, device=self.device)
-        self.offsets = self.sizes.cumsum(0) - self.sizes
+        offsets = [0, *itertools.accumulate(sizes)]
+        self.offsets = torch.tensor(offsets, dtype=torch.int64, device=self.device)
 
-    def own_lengths(self) -> Tensor:
-        """``[S]``, non-increasing."""
-        return (self.sizes > torch.arange(self.batch, device=self.device).unsqueeze(1)).sum(1)
+    def own_lengths(self) -> None:
+        """Not asked for: what is sorted knows them."""
 
     def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
         """The row of a step of a sequence."""
@@ -396,8 +396,18 @@ def cut_rows(sizes: Sequence[int], sequences: int, cut: Cut) -> RectangleLayout 
         sequences: S; those without a step count.
         cut: where to cut.
     """
-    layout = ragged_layout(_PackedRows(sizes, sequences), cut=cut)
-    return layout if isinstance(layout, RectangleLayout) else None
+    rectangles = cut(tuple(sizes)) if sizes else None
+    if not rectangles:
+        return None
+    lengths = [0] * sequences
+    known = 0
+    for step in range(len(sizes) - 1, -1, -1):
+        lengths[known : sizes[step]] = [step + 1] * (sizes[step] - known)
+        known = sizes[step]
+    order = torch.arange(sequences, device="cpu")
+    length = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    found = _Sorted(_PackedRows(sizes, sequences), length, order, order, None, None)
+    return _in_rectangles(found, lengths, list(sizes), tuple(rectangles))
 
 
 class _Sorted(NamedTuple):

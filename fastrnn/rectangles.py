@@ -44,11 +44,12 @@ from fastrnn.recurrence import (
 )
 from fastrnn.reference import LayerWeights
 
-# A plan's cuts are multiples of a power of two of steps, of which there are at most so many.
+# A plan's cuts are multiples of a power of two of steps, of which there are at most so many, and at
+# most twice as many as sequences: looking costs 2 us a place.
 MOST_PLACES = 32
-# Lengths of rectangles, in that unit; and sequences, in eighths of the power of two below them.
+# Lengths of rectangles, in that unit; and sequences, in sixteenths of the power of two below them.
 UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-EIGHTHS = 3
+FINENESS = 4
 
 
 class Plan(NamedTuple):
@@ -74,7 +75,7 @@ def plan(sizes: tuple[int, ...], cost: RectangleCosts) -> Plan:
         return Plan((), 0.0)
     steps, most = len(sizes), sizes[0]
     unit = 1
-    while steps > MOST_PLACES * unit:
+    while steps > min(MOST_PLACES, 2 * most) * unit:
         unit *= 2
     places = -(-steps // unit)
     widths = [_rounded(size, most) for size in sizes[::unit]]
@@ -103,7 +104,7 @@ def plan(sizes: tuple[int, ...], cost: RectangleCosts) -> Plan:
 
 def _rounded(size: int, most: int) -> int:
     """``size`` rounded up to a width that other batches have too."""
-    grain = 1 << max(0, size.bit_length() - 1 - EIGHTHS)
+    grain = 1 << max(0, size.bit_length() - 1 - FINENESS)
     return min(-(-size // grain) * grain, most)
 
 
