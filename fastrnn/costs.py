@@ -18,9 +18,9 @@ class RectangleCosts(NamedTuple):
     """Of the path in rectangles.py.
 
     Attributes:
-        layer: once a direction: finding the rows, moving them there and back, and the code that
-            oneDNN compiles for shapes it has not met.
-        call: once a rectangle; oneDNN packs the weights anew in each.
+        layer: once a direction: finding the rows, and moving them there and back.
+        call: once a rectangle; oneDNN packs the weights anew in each, and compiles code for shapes
+            it has not met, of which half is reckoned with.
         row: of a row, padding included.
         step: of a step of a rectangle, in rows.
     """
@@ -39,10 +39,10 @@ def rectangle_costs(
     packing = weights / threads**0.7
     if train:
         return RectangleCosts(
-            1700e-6, 165e-6 + 1.75e-9 * packing, (2.1e-6 + 0.0755e-9 * weights) / threads
+            1060e-6, 330e-6 + 3.5e-9 * packing, (2.1e-6 + 0.0755e-9 * weights) / threads
         )
     return RectangleCosts(
-        1000e-6, 85e-6 + 0.6e-9 * packing, (0.9e-6 + 0.0254e-9 * weights) / threads
+        700e-6, 170e-6 + 1.2e-9 * packing, (0.9e-6 + 0.0254e-9 * weights) / threads
     )
 
 
