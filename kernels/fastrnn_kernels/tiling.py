@@ -437,9 +437,9 @@ def tensor_memory(tile: Tile, which: Pass, H: int) -> int:
     if tile.BLOCK_B < 64:
         return 0
     n = columns(which, tile.BLOCK_H)
-    if tile.residency == "streamed":
-        return max(n, 32)  # the least there is
-    return round_up(reduction(tile, which, H) // tile.BLOCK_K * n // 2, 64)
+    if tile.residency != "streamed":
+        n = reduction(tile, which, H) // tile.BLOCK_K * n // 2
+    return max(32, 1 << (n - 1).bit_length())  # a power of two, and 32 at least
 
 
 def step_cycles(
