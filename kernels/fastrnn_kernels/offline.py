@@ -82,8 +82,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Bytes of stack for one address. No tile, order of loads or number of warps that was tried is free
-# of it at every H: it comes and goes with H and D.
+# Bytes of stack for one address. It comes and goes with H and D, and an order of loads that frees
+# one case of it brings it to another.
 MOST_STACK = 8
 # Names in a kernel's signature whose pointers are not of the tensors' dtype.
 INDEX_POINTERS = {"batch_sizes_ptr": "*i64", "offsets_ptr": "*i64", "arrivals_ptr": "*i32"}
