@@ -70,9 +70,9 @@ def plan(sizes: tuple[int, ...], cost: RectangleCosts) -> Plan:
 
     Returns:
         See :class:`Plan`. One rectangle is as large as the staircase; several have lengths and
-        widths as above, and may reach beyond the staircase in both.
+        widths as above, and may reach beyond the staircase in both. None where no step is valid.
     """
-    if not sizes:
+    if not sizes or not sizes[0]:
         return Plan((), 0.0)
     steps, most = len(sizes), sizes[0]
     unit = 1

@@ -30,6 +30,7 @@ OPERATOR_CASES = {
     "no-bias": {"bias": False},
     "projection": {"proj_size": 2, "bidirectional": True},
     "spare-rows": {"sizes": (3, 2, 0, 0), "spare": 7},
+    "no-valid-row": {"sizes": (0, 0, 0), "spare": 7},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
 }

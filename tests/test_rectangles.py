@@ -93,6 +93,11 @@ def test_a_long_staircase_is_planned_quickly_and_well():
     assert found.seconds < 1.1 * cost.row * sum(sizes) + 60 * cost.call
 
 
+@pytest.mark.parametrize("sizes", [(), (0,), (0, 0, 0)], ids=str)
+def test_where_no_step_is_valid_there_is_no_rectangle(sizes):
+    assert plan(sizes, RectangleCosts(layer=1.0, call=1.0, row=1.0)).rectangles == ()
+
+
 def test_equal_lengths_are_one_rectangle():
     assert plan((4,) * 7, RectangleCosts(layer=0.0, call=1.0, row=1e-9)).rectangles == (
         Rectangle(0, 7, 4),
