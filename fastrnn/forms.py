@@ -29,7 +29,7 @@ def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
 
 
 class _IntoRectangles(torch.autograd.Function):
-    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding; _OutOfRectangles undoes it."""
+    """:func:`into_rectangles` as autograd has it; each of the two is the other's derivative."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, layout: RectangleLayout) -> Tensor:
@@ -42,7 +42,7 @@ class _IntoRectangles(torch.autograd.Function):
 
 
 class _OutOfRectangles(torch.autograd.Function):
-    """Rows ``[N, F]``, the last of them zero, to ``[entries, F]``, zeros at invalid steps."""
+    """:func:`out_of_rectangles` as autograd has it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layout: RectangleLayout) -> Tensor:
@@ -54,13 +54,26 @@ class _OutOfRectangles(torch.autograd.Function):
         return _IntoRectangles.apply(d_flat, ctx.layout), None
 
 
+def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
+    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding."""
+    if not (torch.is_grad_enabled() and flat.requires_grad):
+        return _into_rectangles(flat, layout)
+    rows: Tensor = _IntoRectangles.apply(flat, layout)
+    return rows
+
+
+def out_of_rectangles(rows: Tensor, layout: RectangleLayout) -> Tensor:
+    """Rows ``[N, F]``, the last of them zero, to ``[entries, F]``, zeros at invalid steps."""
+    if not (torch.is_grad_enabled() and rows.requires_grad):
+        return rows.index_select(0, layout.spread)
+    flat: Tensor = _OutOfRectangles.apply(rows, layout)
+    return flat
+
+
 def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     """Rows back to their places in ``[entries, F]``; zeros elsewhere."""
     if isinstance(layout, RectangleLayout):
-        if not (torch.is_grad_enabled() and rows.requires_grad):
-            return rows.index_select(0, layout.spread)
-        spread: Tensor = _OutOfRectangles.apply(rows, layout)
-        return spread
+        return out_of_rectangles(rows, layout)
     assert isinstance(layout, PackedLayout)
     assert layout.gather is not None
     spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
@@ -73,10 +86,7 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
 def _collect(flat: Tensor, layout: Layout) -> Tensor:
     """The layout's rows out of ``[entries, F]``."""
     if isinstance(layout, RectangleLayout):
-        if not (torch.is_grad_enabled() and flat.requires_grad):
-            return _into_rectangles(flat, layout)
-        collected: Tensor = _IntoRectangles.apply(flat, layout)
-        return collected
+        return into_rectangles(flat, layout)
     if layout.gather is None:
         return flat
     assert isinstance(layout, PackedLayout)

@@ -37,7 +37,7 @@ from fastrnn.recurrence import (
     run_composite,
     run_forward,
 )
-from fastrnn.reference import LayerWeights, compute_dtype
+from fastrnn.reference import LayerWeights
 from fastrnn.widening import narrow, widen
 
 
@@ -106,12 +106,16 @@ def lstm_layer(
         if composite:
             output = run_composite(call, rows, h_0, c_0, flat)
         elif (
-            backend == "auto"
-            and memory == "save"
-            and not (cell_states or projection)
-            and rows.numel() > 0
+            rows.numel() > 0
             and sizes[-1] == layout.sequences
-            and onednn.available(rows.device, compute_dtype(rows.dtype))
+            and onednn.can_compute(
+                rows.device,
+                rows.dtype,
+                backend=backend,
+                memory=memory,
+                cell_states=cell_states,
+                projection=projection,
+            )
         ):
             dense = PaddedLayout(rows.shape[0], layout.sequences)
             output = run_padded(rows, dense, weights, h_0, c_0)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn import onednn
 from fastrnn.arrange import Work, arrange
 from fastrnn.backends import Backend, check_backend, resolve_backend
 from fastrnn.dense import can_run_dense, run_dense
 from fastrnn.forms import Form, Jagged, Packed, Padded
-from fastrnn.onednn import can_run_onednn
 from fastrnn.packing import Lengths
 from fastrnn.recurrence import Memory, autocast_dtype, flatten_weights, unflatten_weights
 from fastrnn.reference import LayerWeights
@@ -166,11 +166,13 @@ class LSTM(nn.RNNBase):
         )
         dropout = self.dropout if self.training else 0.0
         work = None
-        if (
-            backend == "auto"
-            and self.memory == "save"
-            and not (self.proj_size or return_cell_states)
-            and can_run_onednn(form.device, dtype)
+        if onednn.outside_transforms() and onednn.can_compute(
+            form.device,
+            dtype,
+            backend=backend,
+            memory=self.memory,
+            cell_states=return_cell_states,
+            projection=self.proj_size > 0,
         ):
             if (
                 (lengths is None and mask is None and resets is None)

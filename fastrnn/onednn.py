@@ -64,14 +64,28 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def can_run_onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can run rows of this dtype in float32, and torch differentiate it as asked.
+def can_compute(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    backend: str,
+    memory: str,
+    cell_states: bool,
+    projection: bool,
+) -> bool:
+    """Whether oneDNN knows all that is asked of a layer, and can run its rows in float32."""
+    return (
+        backend == "auto"
+        and memory == "save"  # it always keeps its workspace
+        and not (cell_states or projection)
+        and available(device, compute_dtype(dtype))
+    )
 
-    torch has no rule for the operator while it traces or transforms functions.
-    """
+
+def outside_transforms() -> bool:
+    """Whether nothing traces or transforms what runs: torch has no rule for the operator then."""
     return (
         not torch.compiler.is_compiling()
-        and available(device, compute_dtype(dtype))
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

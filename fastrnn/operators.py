@@ -16,6 +16,7 @@ from torch import Tensor
 from fastrnn import onednn
 from fastrnn.arrange import Work
 from fastrnn.backends import on_kernels
+from fastrnn.forms import into_rectangles, out_of_rectangles
 from fastrnn.fused import FusedCall, fused_backward, fused_forward
 from fastrnn.packing import cut_rows
 from fastrnn.rectangles import run_rectangles
@@ -61,7 +62,7 @@ def lstm_layer_op(
         else:
             shape = (host_sizes(batch_sizes), h_0.shape[0], bias, projection, cell_states)
             call = Call(*shape, keep)
-            in_rectangles = None if save or backend != "auto" else infer(call, *inputs)
+            in_rectangles = None if save else infer(call, backend, *inputs)
             if in_rectangles is None:
                 output, states = steps_forward(call, *inputs, save=save)
             else:
@@ -72,23 +73,24 @@ def lstm_layer_op(
 
 
 def infer(
-    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+    call: Call, backend: str, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
 ) -> LayerOutput | None:
     """The layer without autograd as rectangles; None where they are not the fastest, or cannot."""
-    if (
-        call.projection
-        or call.cell_states
-        or call.memory != "save"
-        or not onednn.available(rows.device, compute_dtype(rows.dtype))
+    if not onednn.can_compute(
+        rows.device,
+        rows.dtype,
+        backend=backend,
+        memory=call.memory,
+        cell_states=call.cell_states,
+        projection=call.projection,
     ):
         return None
     work = Work(rows.shape[1], c_0.shape[2], train=False, may_pad=False)
     layout = cut_rows(call.sizes, h_0.shape[1], work.cut)
     if layout is None:
         return None
-    slots = rows.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
-    output = run_rectangles(layout, slots, h_0, c_0, call.unflatten(flat))
-    return output._replace(h=pad_rows(output.h.index_select(0, layout.spread), rows.shape[0]))
+    output = run_rectangles(layout, into_rectangles(rows, layout), h_0, c_0, call.unflatten(flat))
+    return output._replace(h=pad_rows(out_of_rectangles(output.h, layout), rows.shape[0]))
 
 
 def _memory(name: str) -> Memory:

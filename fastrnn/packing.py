@@ -27,7 +27,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeAlias, overload
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -232,20 +232,25 @@ def _first_rows(rectangles: Sequence[Rectangle]) -> list[int]:
     return first_rows
 
 
-class Addressing(Protocol):
-    """What the layout must know of an input's form (see forms.py)."""
+class Places(Protocol):
+    """Where the steps of a batch stand in the flattened input."""
 
     batch: int
     steps: int
     entries: int
     device: torch.device
+
+    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
+        """Where step ``step`` of batch element ``element`` stands in the flattened input."""
+
+
+class Addressing(Places, Protocol):
+    """What the layout must know of an input's form (see forms.py)."""
+
     time_major: bool
 
     def own_lengths(self) -> Tensor | None:
         """``[B]`` lengths the form itself carries; None where every sequence has all T steps."""
-
-    def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
-        """Where step ``step`` of batch element ``element`` stands in the flattened input."""
 
 
 class _Segments(NamedTuple):
@@ -287,22 +292,6 @@ def padded_layout(steps: int, batch: int, lengths: Tensor) -> PaddedLayout:
     return PaddedLayout(steps * batch, batch, padding, empty.to(torch.float32), last)
 
 
-@overload
-def ragged_layout(
-    form: Addressing,
-    lengths: Lengths | None = None,
-    mask: Tensor | None = None,
-    resets: Tensor | None = None,
-) -> PackedLayout: ...
-@overload
-def ragged_layout(
-    form: Addressing,
-    lengths: Lengths | None = None,
-    mask: Tensor | None = None,
-    resets: Tensor | None = None,
-    *,
-    cut: Cut | None,
-) -> PackedLayout | RectangleLayout: ...
 def ragged_layout(
     form: Addressing,
     lengths: Lengths | None = None,
@@ -372,16 +361,12 @@ def ragged_layout(
 class _PackedRows:
     """The rows of an exact :class:`PackedLayout`, as an input of their own."""
 
-    time_major = True
     device = torch.device("cpu")
 
     def __init__(self, sizes: Sequence[int], sequences: int) -> None:
         self.batch, self.steps, self.entries = sequences, len(sizes), sum(sizes)
         offsets = [0, *itertools.accumulate(sizes)]
         self.offsets = torch.tensor(offsets, dtype=torch.int64, device=self.device)
-
-    def own_lengths(self) -> None:
-        """Not asked for: what is sorted knows them."""
 
     def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
         """The row of a step of a sequence."""
@@ -399,11 +384,8 @@ def cut_rows(sizes: Sequence[int], sequences: int, cut: Cut) -> RectangleLayout 
     rectangles = cut(tuple(sizes)) if sizes else None
     if not rectangles:
         return None
-    lengths = [0] * sequences
-    known = 0
-    for step in range(len(sizes) - 1, -1, -1):
-        lengths[known : sizes[step]] = [step + 1] * (sizes[step] - known)
-        known = sizes[step]
+    lengths = _staircase(sizes)
+    lengths += [0] * (sequences - len(lengths))
     order = torch.arange(sequences, device="cpu")
     length = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     found = _Sorted(_PackedRows(sizes, sequences), length, order, order, None, None)
@@ -423,7 +405,7 @@ class _Sorted(NamedTuple):
             k-th.
     """
 
-    form: Addressing
+    form: Places
     length: Tensor
     order: Tensor
     owner: Tensor
@@ -558,8 +540,11 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
-def _staircase(lengths: list[int]) -> list[int]:
-    """Of lengths sorted from long to short, how many are longer than 0, 1, 2, ..."""
+def _staircase(lengths: Sequence[int]) -> list[int]:
+    """Of lengths sorted from long to short, how many are longer than 0, 1, 2, ...
+
+    Of those numbers it gives the lengths again, without the zeros.
+    """
     sizes: list[int] = []
     alive = len(lengths)
     for length in reversed(lengths):

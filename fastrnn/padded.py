@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastrnn import onednn
 from fastrnn.packing import PaddedLayout
-from fastrnn.recurrence import LayerOutput, side_by_side
-from fastrnn.reference import LayerWeights, compute_dtype
+from fastrnn.recurrence import LayerOutput, layer_output
+from fastrnn.reference import Forward, LayerWeights, compute_dtype
 
 
 def run_padded(
@@ -47,7 +47,7 @@ def run_padded(
     if layout.padding is not None and layout.carry is not None:
         rows = torch.cat([rows.index_fill(0, layout.padding, 0.0), layout.carry], 1)
     x = rows.contiguous().view(-1, layout.sequences, rows.shape[1])
-    outputs, h_finals, c_finals = [], [], []
+    results = []
     for index, direction in enumerate(weights):
         operands = onednn.operands(direction.to(wide), carry=layout.padding is not None)
         inputs = (x, operands, h_0[index], c_0[index])
@@ -59,9 +59,5 @@ def run_padded(
             output = output.index_fill(0, layout.padding, 0.0)
             if index == 0:  # the last step may be padding
                 h_n = output.index_select(0, layout.last)
-        outputs.append(output)
-        h_finals.append(h_n)
-        c_finals.append(c_n)
-    found = side_by_side(outputs), torch.stack(h_finals), torch.stack(c_finals)
-    h, h_n, c_n = (tensor.to(dtype) for tensor in found)
-    return LayerOutput(h, h_n, c_n, None)
+        results.append(Forward(output, h_n, c_n, None, ()))
+    return layer_output(results, dtype)

@@ -37,12 +37,13 @@ from fastrnn.recurrence import (
     OutputGradients,
     differentiable_backward,
     flatten_weights,
+    layer_gradients,
+    layer_output,
     outside_autocast,
-    side_by_side,
     to_compute,
     unflatten_weights,
 )
-from fastrnn.reference import LayerWeights
+from fastrnn.reference import Forward, Gradients, LayerWeights
 
 # A plan's cuts are multiples of a power of two of steps, of which there are at most so many, and at
 # most twice as many as sequences: looking costs 2 us a place.
@@ -130,22 +131,6 @@ def _input(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor:
     return torch.cat([rows, layout.carry], 1) if layout.has_padding else rows
 
 
-class _Run(NamedTuple):
-    """What a direction computes, in the order it walks.
-
-    Attributes:
-        h: ``[N, H]``, zero in the padding.
-        h_n: ``[S, H]``.
-        c_n: ``[S, H]``.
-        saved: of each rectangle the states it began and ended with, and oneDNN's workspace.
-    """
-
-    h: Tensor
-    h_n: Tensor
-    c_n: Tensor
-    saved: list[Tensor]
-
-
 def _forward(
     x: Tensor,
     layout: RectangleLayout,
@@ -153,8 +138,12 @@ def _forward(
     h_0: Tensor,
     c_0: Tensor,
     save: bool,
-) -> _Run:
-    """One direction; ``x`` is of :func:`_input`."""
+) -> Forward:
+    """One direction; ``x`` is of :func:`_input`.
+
+    ``h`` is ``[N, H]`` in the order it walks, zero in the padding. Saved: of each rectangle the
+    states it began and ended with, and oneDNN's workspace.
+    """
     rectangles, active = layout.rectangles, layout.sizes[0]
     operands = onednn.operands(weights, carry=layout.has_padding)
     h, c = h_0, c_0
@@ -177,16 +166,7 @@ def _forward(
     h_n = rows.index_select(0, layout.last)
     if active < h_0.shape[0]:
         h_n = torch.cat([h_n, h_0[active:]])
-    return _Run(rows, h_n, torch.cat([c, *ended[::-1]]), saved)
-
-
-class _Gradients(NamedTuple):
-    """Of one direction's inputs; ``x`` is ``[N, I]`` or wider, its last row zero."""
-
-    x: Tensor
-    h_0: Tensor
-    c_0: Tensor
-    weights: tuple[Tensor | None, ...]
+    return Forward(rows, h_n, torch.cat([c, *ended[::-1]]), None, tuple(saved))
 
 
 def _backward(
@@ -199,8 +179,8 @@ def _backward(
     h_0: Tensor,
     c_0: Tensor,
     saved: Sequence[Tensor],
-) -> _Gradients:
-    """One direction.
+) -> Gradients:
+    """One direction; its gradient of ``x`` for ``rows``, in the order it walks, the last zero.
 
     Args:
         d_h: ``[N, H]`` that reach the outputs in the order it walks, those of h_n among them; zero
@@ -242,7 +222,7 @@ def _backward(
     assert totals is not None
     d_h_0 = h_0.new_zeros(h_0.shape)
     d_h_0[: layout.sizes[0]], d_c_0[: layout.sizes[0]] = d_h_state, d_c_state
-    return _Gradients(
+    return Gradients(
         torch.cat(d_inputs[::-1]), d_h_0, d_c_0, onednn.weight_gradients(totals, weights)
     )
 
@@ -288,9 +268,8 @@ class RectangleRecurrence(torch.autograd.Function):
             if torch.is_grad_enabled():
                 found = _differentiable(layout, bias, grads, rows, h_0, c_0, flat, needs)
             else:
-                found = _layer_backward(layout, bias, grads, rows, h_0, c_0, flat, h, saved)
-        wanted = zip(found, needs, strict=True)
-        return (None, None, *(gradient if needed else None for gradient, needed in wanted))
+                found = _layer_backward(layout, bias, grads, rows, h_0, c_0, flat, h, saved, needs)
+        return (None, None, *found)
 
 
 def _layer_forward(
@@ -307,19 +286,12 @@ def _layer_forward(
     dtype = rows.dtype
     rows, h_0, c_0, *flat = to_compute(rows, h_0, c_0, *flat)
     weights = unflatten_weights(flat, h_0.shape[0], bias=bias, projection=False)
-    runs, outputs = [], []
+    runs = []
     for index, direction in enumerate(weights):
         x = _input(rows, layout, reverse=index == 1)
         run = _forward(x, layout, direction, h_0[index], c_0[index], save)
-        runs.append(run)
-        outputs.append(run.h.index_select(0, layout.mirror) if index == 1 else run.h)
-    output = LayerOutput(
-        side_by_side(outputs).to(dtype),
-        torch.stack([run.h_n for run in runs]).to(dtype),
-        torch.stack([run.c_n for run in runs]).to(dtype),
-        None,
-    )
-    return output, [tensor for run in runs for tensor in run.saved]
+        runs.append(run._replace(h=_in_order(run.h, layout, reverse=index == 1)))
+    return layer_output(runs, dtype), [tensor for run in runs for tensor in run.saved]
 
 
 def _layer_backward(
@@ -332,14 +304,14 @@ def _layer_backward(
     flat: Sequence[Tensor],
     h: Tensor,
     saved: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of rows, h_0, c_0 and each weight."""
+    """Gradients of rows, h_0, c_0 and each weight; ``needs`` in the same order."""
     dtype, width, active = rows.dtype, c_0.shape[2], layout.sizes[0]
-    grads = OutputGradients(*(None if g is None else to_compute(g)[0] for g in grads))
+    grads = grads.to_compute()
     rows, h_0, c_0, h, *flat = to_compute(rows, h_0, c_0, h, *flat)
     weights = unflatten_weights(flat, h_0.shape[0], bias=bias, projection=False)
     each = len(saved) // len(weights)
-    d_rows: Tensor | None = None
     results = []
     for index, direction in enumerate(weights):
         own_h = _in_order(h[:, index * width : (index + 1) * width], layout, reverse=index == 1)
@@ -360,18 +332,12 @@ def _layer_backward(
         )
         if grads.h_n is not None:
             result.h_0[active:] = grads.h_n[index, active:]
-        d_own = result.x[:, : rows.shape[1]]
+        assert result.rows is not None
+        d_rows = result.rows[:, : rows.shape[1]]  # without the carry feature's
         if index == 1:
-            d_own = d_own.index_select(0, layout.mirror)
-        d_rows = d_own if d_rows is None else d_rows + d_own
-        results.append(result)
-    found = [
-        d_rows,
-        torch.stack([result.h_0 for result in results]),
-        torch.stack([result.c_0 for result in results]),
-        *(gradient for result in results for gradient in result.weights if gradient is not None),
-    ]
-    return [None if gradient is None else gradient.to(dtype) for gradient in found]
+            d_rows = d_rows.index_select(0, layout.mirror)
+        results.append(result._replace(rows=d_rows))
+    return layer_gradients(results, weights, dtype, needs)
 
 
 def _differentiable(

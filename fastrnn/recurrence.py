@@ -123,6 +123,10 @@ class OutputGradients(NamedTuple):
         h, c = (None if rows is None else rows[:valid] for rows in (self.h, self.c))
         return self._replace(h=h, c=c)
 
+    def to_compute(self) -> OutputGradients:
+        """In the dtype they are computed in."""
+        return OutputGradients(*(None if g is None else to_compute(g)[0] for g in self))
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast where it is on."""
@@ -163,17 +167,20 @@ def run_forward(
         )
         for index, direction in enumerate(call.unflatten(flat))
     ]
-    output = _layer_output(call, results, dtype)
+    output = layer_output(results, dtype, cell_states=call.cell_states)
     return output, [DirectionRun(run.c, run.saved) for run in results]
 
 
-def _layer_output(call: Call, results: Sequence[Forward], dtype: torch.dtype) -> LayerOutput:
+def layer_output(
+    results: Sequence[Forward], dtype: torch.dtype, *, cell_states: bool = False
+) -> LayerOutput:
+    """What a layer computes, rounded to ``dtype``, of what its directions did."""
     return LayerOutput(
         side_by_side([run.h for run in results]).to(dtype),
         torch.stack([run.h_n for run in results]).to(dtype),
         torch.stack([run.c_n for run in results]).to(dtype),
         side_by_side([run.c for run in results if run.c is not None]).to(dtype)
-        if call.cell_states
+        if cell_states
         else None,
     )
 
@@ -190,12 +197,10 @@ def run_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of rows, h_0, c_0 and each weight, in their dtypes; ``needs`` in the same order."""
-    dtype = rows.dtype
-    grads = OutputGradients(*(None if g is None else to_compute(g)[0] for g in grads))
+    dtype, grads = rows.dtype, grads.to_compute()
     rows, h_0, c_0, h, *flat = to_compute(rows, h_0, c_0, h, *flat)
     size_h, hidden_size = h_0.shape[2], c_0.shape[2]
     each = len(flat) // call.directions
-    d_rows: Tensor | None = None
     results: list[Gradients] = []
     by_direction = call.unflatten(flat)
     for index, (weights, run) in enumerate(zip(by_direction, directions, strict=True)):
@@ -212,12 +217,24 @@ def run_backward(
             needs_weights=_layer_needs(needs[3 + index * each :][:each], call),
         )
         results.append(result)
+    return layer_gradients(results, by_direction, dtype, needs)
+
+
+def layer_gradients(
+    results: Sequence[Gradients],
+    weights: Sequence[LayerWeights],
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and each weight in ``dtype``, of those of each direction."""
+    d_rows: Tensor | None = None
+    for result in results:
         if result.rows is not None:
             d_rows = result.rows if d_rows is None else d_rows + result.rows
     d_flat = [
         gradient
-        for result, weights in zip(results, by_direction, strict=True)
-        for gradient, weight in zip(result.weights, weights, strict=True)
+        for result, direction in zip(results, weights, strict=True)
+        for gradient, weight in zip(result.weights, direction, strict=True)
         if weight is not None
     ]
     found = [
@@ -305,7 +322,7 @@ def run_composite(
         )
         for index, weights in enumerate(call.unflatten(flat))
     ]
-    return _layer_output(call, results, dtype)
+    return layer_output(results, dtype, cell_states=call.cell_states)
 
 
 def differentiable_backward(

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.backends import can_run_triton
 from fastrnn.lstm import LSTM
-from fastrnn.packing import Lengths, ragged_layout
+from fastrnn.packing import Lengths, PackedLayout, ragged_layout
 from fastrnn.recurrence import autocast_dtype
 from fastrnn.widening import wide_hidden_size
 
@@ -84,6 +84,7 @@ def tune(
     if reason is not None:
         raise RuntimeError(f"nothing to tune: {reason}. Only the Triton kernels have tiles")
     layout = ragged_layout(form, lengths, mask, resets)
+    assert isinstance(layout, PackedLayout)  # nobody asked for it to be cut
     if not layout.rows or not layout.sequences:
         raise ValueError("example must have at least one valid step")
 
