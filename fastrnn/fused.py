@@ -28,17 +28,21 @@ import torch
 from torch import Tensor
 
 from fastrnn.recurrence import (
-    Call,
     LayerOutput,
     Memory,
     OutputGradients,
-    differentiable_backward,
-    host_sizes,
-    outside_autocast,
+    pad_rows,
     unflatten_weights,
 )
 from fastrnn.reference import LayerWeights, activate_, twin_gradients
-from fastrnn.step_loop import States, steps_backward, steps_forward
+from fastrnn.step_loop import (
+    Call,
+    States,
+    host_sizes,
+    run_composite,
+    steps_backward,
+    steps_forward,
+)
 
 _log = logging.getLogger("fastrnn")
 
@@ -321,73 +325,50 @@ def _gates_again(rows: Tensor, weights: _Stacked, previous: Sequence[Tensor]) ->
     return activate_(gates)
 
 
-class FusedRecurrence(torch.autograd.Function):
-    """All directions of one layer by the kernels.
+class Fused(NamedTuple):
+    """The path of recurrence.py. Deterministic.
 
-    Saved for backward: the inputs, the outputs ``h``, the cell states, and the activated gates
-    unless ``memory="recompute"``; none is written to, so a second backward gives the same
-    gradients. Deterministic. Where backward itself is differentiated (``create_graph=True``) it
-    goes through :func:`fastrnn.reference.lstm_composite`, and waits for the sizes of the steps.
+    Saved: the outputs, the cell states, and the activated gates unless ``memory="recompute"``.
+    Double backward waits for the sizes of the steps.
+
+    Attributes:
+        call: what to compute.
+        batch_sizes: ``[T]`` int64, never growing; best on the device of the rows.
     """
 
-    @staticmethod
+    call: FusedCall
+    batch_sizes: Tensor
+
     def forward(
-        ctx: Any,
-        call: FusedCall,
-        batch_sizes: Tensor,
+        self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
+    ) -> tuple[LayerOutput, list[Tensor | None]]:
+        """See :class:`fastrnn.recurrence.Path`."""
+        output, states = fused_forward(self.call, self.batch_sizes, rows, h_0, c_0, flat, save=save)
+        h = output.h
+        if self.call.cell_states and states.c is not None:
+            output = output._replace(c=states.c.flatten(1))
+        return output, [h, *states]
+
+    def backward(
+        self,
+        grads: OutputGradients,
         rows: Tensor,
         h_0: Tensor,
         c_0: Tensor,
-        *flat: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        """``h``, ``h_n``, ``c_n`` and ``c`` of :class:`LayerOutput`."""
-        output, states = fused_forward(call, batch_sizes, rows, h_0, c_0, flat, save=True)
-        ctx.call, ctx.weights = call, len(flat)
-        ctx.save_for_backward(batch_sizes, rows, h_0, c_0, *flat, output.h, *states)
-        ctx.set_materialize_grads(False)
-        return with_cell_states(output, states, call.cell_states)
+        flat: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """See :class:`fastrnn.recurrence.Path`."""
+        h, *states = saved
+        inputs = (rows, h_0, c_0, flat, h, States(*states), needs)
+        return fused_backward(self.call, grads, self.batch_sizes, *inputs)
 
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs that need one."""
-        call = ctx.call
-        grads = OutputGradients(*d_outputs)
-        batch_sizes, rows, h_0, c_0, *rest = ctx.saved_tensors
-        flat, h, states = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
-        needs = ctx.needs_input_grad[2:]
-        if all(gradient is None for gradient in grads):
-            return (None,) * (2 + len(needs))
-        with outside_autocast(rows.device):
-            if torch.is_grad_enabled():
-                inputs = [rows, h_0, c_0, *flat]
-                found = differentiable_backward(call.steps(batch_sizes), grads, inputs, needs)
-            else:
-                found = fused_backward(
-                    *(call, grads, batch_sizes, rows, h_0, c_0, flat, h, States(*states), needs)
-                )
-        return (None, None, *found)
-
-
-def with_cell_states(output: LayerOutput, states: States, asked: bool) -> LayerOutput:
-    """The output with the cell states ``[N, D * H]`` where they were asked for."""
-    return output._replace(c=states.c.flatten(1) if asked and states.c is not None else None)
-
-
-def run_fused(
-    call: FusedCall,
-    batch_sizes: Tensor,
-    rows: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    flat: Sequence[Tensor],
-    *,
-    needs_grad: bool,
-) -> LayerOutput:
-    """All directions of one layer, with autograd where ``needs_grad``.
-
-    Arguments as in :func:`fused_forward`.
-    """
-    if needs_grad:
-        return LayerOutput(*FusedRecurrence.apply(call, batch_sizes, rows, h_0, c_0, *flat))
-    output, states = fused_forward(call, batch_sizes, rows, h_0, c_0, flat, save=False)
-    return with_cell_states(output, states, call.cell_states)
+    def composite(
+        self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+    ) -> LayerOutput:
+        """See :class:`fastrnn.recurrence.Path`."""
+        call, count = self.call.steps(self.batch_sizes), rows.shape[0]
+        output = run_composite(call, rows[: sum(call.sizes)], h_0, c_0, flat)
+        c = None if output.c is None else pad_rows(output.c, count)
+        return output._replace(h=pad_rows(output.h, count), c=c)

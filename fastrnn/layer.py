@@ -7,7 +7,7 @@ In this order:
 - on a GPU that has them: the Triton kernels, fused.py, and widening.py for some hidden sizes;
 - where the rows are those of rectangles: rectangles.py;
 - where they are those of the padded batch, or every sequence has all steps: padded.py;
-- else the step loop of recurrence.py.
+- else step_loop.py.
 """
 
 from __future__ import annotations
@@ -20,24 +20,21 @@ from torch.autograd import forward_ad
 
 from fastrnn import onednn
 from fastrnn.backends import on_kernels
-from fastrnn.fused import FusedCall, run_fused
+from fastrnn.fused import Fused, FusedCall
 from fastrnn.operators import lstm_layer_op
 from fastrnn.packing import Layout, PackedLayout, PaddedLayout, RectangleLayout
 from fastrnn.padded import run_padded
 from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
-    Call,
     LayerOutput,
-    LSTMRecurrence,
     Memory,
     flatten_weights,
-    host_sizes,
     outside_autocast,
     pad_rows,
-    run_composite,
-    run_forward,
+    run,
 )
 from fastrnn.reference import LayerWeights
+from fastrnn.step_loop import Call, StepLoop, host_sizes, run_composite
 from fastrnn.widening import narrow, widen
 
 
@@ -93,9 +90,9 @@ def lstm_layer(
         return narrow(LayerOutput(h, h_n, c_n, cells), hidden_size)
     if kernels:
         fused = FusedCall(len(weights), bias, cell_states, memory, backend)
-        steps = layout.steps_on(rows.device)
+        path = Fused(fused, layout.steps_on(rows.device))
         with outside_autocast(rows.device):
-            output = run_fused(fused, steps, rows, h_0, c_0, flat, needs_grad=needs_grad)
+            output = run(path, rows, h_0, c_0, flat, needs_grad=needs_grad)
         return narrow(output, hidden_size)
 
     sizes = host_sizes(layout.batch_sizes)
@@ -119,10 +116,8 @@ def lstm_layer(
         ):
             dense = PaddedLayout(rows.shape[0], layout.sequences)
             output = run_padded(rows, dense, weights, h_0, c_0)
-        elif needs_grad:
-            output = LayerOutput(*LSTMRecurrence.apply(call, rows, h_0, c_0, *flat))
         else:
-            output, _ = run_forward(call, rows, h_0, c_0, flat, save=False)
+            output = run(StepLoop(call), rows, h_0, c_0, flat, needs_grad=needs_grad)
     if layout.exact:
         return output
     h = pad_rows(output.h, layout.rows)

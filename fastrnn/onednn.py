@@ -4,7 +4,11 @@ The operator knows neither lengths nor masks. One extra input feature gives it p
 same: 1 on a padded step and 0 elsewhere, with weights -CARRY for gate i and +CARRY for f. There
 i = 0 and f = 1 exactly, so c is carried bit for bit, and every gate's gradient is exactly zero.
 
-Limits: float32; no projection; no cell-state sequence.
+float32; and bfloat16 where the processor multiplies it (AVX512-BF16, AMX), with cell states in
+float32, which nn.LSTM rounds at every step. Gradients come in float32 either way. Other 16-bit
+tensors are computed in float32.
+
+Limits: no projection; no cell-state sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn.reference import LayerWeights, compute_dtype, twin_gradients
+from fastrnn import reference
+from fastrnn.recurrence import OutputGradients
+from fastrnn.reference import LayerWeights, twin_gradients
 
 # Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
 CARRY = 1e4
@@ -54,11 +60,40 @@ class WeightGradients(NamedTuple):
     bias: Tensor
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that rows of ``dtype`` are computed in, but for cell states."""
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
+        return dtype
+    return reference.compute_dtype(dtype)
+
+
+def to_compute(rows: Tensor, h_0: Tensor, c_0: Tensor, *flat: Tensor) -> list[Tensor]:
+    """The tensors in the dtypes they are computed in, without their history."""
+    dtype = compute_dtype(rows.dtype)
+    if rows.dtype == torch.float32:
+        return [tensor.detach() for tensor in (rows, h_0, c_0, *flat)]
+    rows, h_0, *flat_ = (tensor.detach().to(dtype) for tensor in (rows, h_0, *flat))
+    return [rows, h_0, c_0.detach().float(), *flat_]
+
+
+def gradients_to_compute(grads: OutputGradients) -> OutputGradients:
+    """The same for the gradients that reach a layer's outputs."""
+    h, h_n = (None if g is None else g.to(compute_dtype(g.dtype)) for g in (grads.h, grads.h_n))
+    return grads._replace(h=h, h_n=h_n, c_n=None if grads.c_n is None else grads.c_n.float())
+
+
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN can run rows of this dtype there."""
+    """Whether oneDNN can compute in this dtype there."""
     return (
         device.type == "cpu"
-        and dtype == torch.float32
+        and dtype in (torch.float32, torch.bfloat16)
+        and compute_dtype(dtype) == dtype
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
     )
@@ -73,7 +108,7 @@ def can_compute(
     cell_states: bool,
     projection: bool,
 ) -> bool:
-    """Whether oneDNN knows all that is asked of a layer, and can run its rows in float32."""
+    """Whether oneDNN knows all that is asked of a layer, and can run its rows."""
     return (
         backend == "auto"
         and memory == "save"  # it always keeps its workspace
@@ -95,7 +130,7 @@ def operands(weights: LayerWeights, *, carry: bool) -> Operands:
     """The operator takes strided tensors for contiguous ones and computes something else."""
     ih, hh = weights.ih.contiguous(), weights.hh.contiguous()
     if carry:
-        ih = torch.cat([ih, _carry_column(weights.hidden_size)], 1)
+        ih = torch.cat([ih, _carry_column(weights.hidden_size, ih.dtype)], 1)
     if weights.bias_ih is None or weights.bias_hh is None:
         zeros = ih.new_zeros(ih.shape[0])
         return Operands(ih, hh, zeros, zeros)
@@ -103,9 +138,9 @@ def operands(weights: LayerWeights, *, carry: bool) -> Operands:
 
 
 @functools.lru_cache(maxsize=16)
-def _carry_column(hidden_size: int) -> Tensor:
+def _carry_column(hidden_size: int, dtype: torch.dtype) -> Tensor:
     """``[4H, 1]`` weights of the carry feature."""
-    gates = torch.tensor([-CARRY, CARRY, 0.0, 0.0], dtype=torch.float32, device="cpu")
+    gates = torch.tensor([-CARRY, CARRY, 0.0, 0.0], dtype=dtype, device="cpu")
     return gates.repeat_interleave(hidden_size).unsqueeze(1)
 
 

@@ -21,16 +21,14 @@ from fastrnn.fused import FusedCall, fused_backward, fused_forward
 from fastrnn.packing import cut_rows
 from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
-    Call,
     LayerOutput,
     Memory,
     OutputGradients,
-    host_sizes,
     outside_autocast,
     pad_rows,
 )
 from fastrnn.reference import compute_dtype
-from fastrnn.step_loop import States, steps_backward, steps_forward
+from fastrnn.step_loop import Call, States, host_sizes, steps_backward, steps_forward
 
 
 @torch.library.custom_op("fastrnn::lstm_layer", mutates_args=())

@@ -13,7 +13,8 @@ by dynamic programming over the lengths, and says what the result will cost. one
 for every shape that it has not met, which costs as much as several calls, so a plan's rectangles
 have few shapes.
 
-Computed in float32; 16-bit inputs are rounded once, at the output.
+In the dtypes of onednn.py: 16-bit inputs are computed in float32 and rounded once, at the output,
+but for bfloat16 where the processor multiplies it.
 
 Limits: those of onednn.py.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,18 +33,16 @@ from fastrnn import onednn
 from fastrnn.costs import RectangleCosts
 from fastrnn.packing import Rectangle, RectangleLayout
 from fastrnn.recurrence import (
-    Call,
     LayerOutput,
     OutputGradients,
-    differentiable_backward,
     flatten_weights,
     layer_gradients,
     layer_output,
-    outside_autocast,
-    to_compute,
+    run,
     unflatten_weights,
 )
 from fastrnn.reference import Forward, Gradients, LayerWeights
+from fastrnn.step_loop import Call, run_composite
 
 # A plan's cuts are multiples of a power of two of steps, of which there are at most so many, and at
 # most twice as many as sequences: looking costs 2 us a place.
@@ -128,7 +127,7 @@ def _in_order(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor
 def _input(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor:
     """The same, with the carry feature where it is needed."""
     rows = _in_order(rows, layout, reverse=reverse)
-    return torch.cat([rows, layout.carry], 1) if layout.has_padding else rows
+    return torch.cat([rows, layout.carry.to(rows.dtype)], 1) if layout.has_padding else rows
 
 
 def _forward(
@@ -199,9 +198,9 @@ def _backward(
     d_c_0 = c_0.new_zeros(c_0.shape) if d_c_n is None else d_c_n.clone()
     inputs, outputs = _by_rectangle(x, rectangles), _by_rectangle(h, rectangles)
     d_outputs = _by_rectangle(d_h, rectangles)
-    d_inputs = [x.new_zeros(1, x.shape[1])]
+    d_inputs = [d_c_0.new_zeros(1, x.shape[1])]
     totals: onednn.WeightGradients | None = None
-    d_h_state, d_c_state = h.new_zeros(0, hidden_size), d_c_0[:0]
+    d_h_state, d_c_state = d_c_0.new_zeros(0, hidden_size), d_c_0[:0]
     for index in range(len(rectangles) - 1, -1, -1):
         known, sequences = d_h_state.shape[0], rectangles[index].sequences
         if known < sequences:  # those that end here: d_h reached them through d_outputs
@@ -220,144 +219,103 @@ def _backward(
             for total, part in zip(totals, d_weights, strict=True):
                 total.add_(part)
     assert totals is not None
-    d_h_0 = h_0.new_zeros(h_0.shape)
+    d_h_0 = d_c_0.new_zeros(h_0.shape)
     d_h_0[: layout.sizes[0]], d_c_0[: layout.sizes[0]] = d_h_state, d_c_state
     return Gradients(
         torch.cat(d_inputs[::-1]), d_h_0, d_c_0, onednn.weight_gradients(totals, weights)
     )
 
 
-class RectangleRecurrence(torch.autograd.Function):
-    """All directions of one layer over the rows of a :class:`RectangleLayout`.
+class InRectangles(NamedTuple):
+    """The path of recurrence.py over the rows of a :class:`RectangleLayout`.
 
-    Saved for backward: the inputs, the outputs, the states between rectangles and oneDNN's
-    workspaces. A second backward gives the same gradients; oneDNN uses its workspace as scratch, so
-    two threads must not run backward on one retained graph at once. Where backward itself is
-    differentiated (``create_graph=True``) it goes through
-    :func:`fastrnn.reference.lstm_composite`.
+    Saved: the outputs, the states between rectangles and oneDNN's workspaces. oneDNN uses its
+    workspace as scratch, so two threads must not run backward on one retained graph at once.
+
+    Attributes:
+        layout: of the batch.
+        bias: whether there are biases.
     """
 
-    @staticmethod
+    layout: RectangleLayout
+    bias: bool
+
     def forward(
-        ctx: Any,
-        layout: RectangleLayout,
-        bias: bool,
+        self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
+    ) -> tuple[LayerOutput, list[Tensor]]:
+        """See :class:`fastrnn.recurrence.Path`."""
+        layout, dtype = self.layout, rows.dtype
+        rows, h_0, c_0, *flat = onednn.to_compute(rows, h_0, c_0, *flat)
+        runs = []
+        for index, direction in enumerate(
+            unflatten_weights(flat, h_0.shape[0], bias=self.bias, projection=False)
+        ):
+            x = _input(rows, layout, reverse=index == 1)
+            run = _forward(x, layout, direction, h_0[index], c_0[index], save)
+            runs.append(run._replace(h=_in_order(run.h, layout, reverse=index == 1)))
+        output = layer_output(runs, dtype)
+        return output, [output.h, *(tensor for run in runs for tensor in run.saved)]
+
+    def backward(
+        self,
+        grads: OutputGradients,
         rows: Tensor,
         h_0: Tensor,
         c_0: Tensor,
-        *flat: Tensor,
-    ) -> LayerOutput:
-        """``h``, ``h_n``, ``c_n`` of :class:`LayerOutput`."""
-        output, saved = _layer_forward(layout, bias, rows, h_0, c_0, flat, save=True)
-        ctx.layout, ctx.bias, ctx.weights = layout, bias, len(flat)
-        ctx.save_for_backward(rows, h_0, c_0, *flat, output.h, *saved)
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the inputs that need one."""
-        layout, bias = ctx.layout, ctx.bias
-        grads = OutputGradients(*d_outputs)
-        rows, h_0, c_0, *rest = ctx.saved_tensors
-        flat, h, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
-        needs = ctx.needs_input_grad[2:]
-        if all(gradient is None for gradient in grads):
-            return (None,) * (2 + len(needs))
-        with outside_autocast(rows.device):
-            if torch.is_grad_enabled():
-                found = _differentiable(layout, bias, grads, rows, h_0, c_0, flat, needs)
+        flat: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """See :class:`fastrnn.recurrence.Path`."""
+        layout, dtype = self.layout, rows.dtype
+        width, active = c_0.shape[2], layout.sizes[0]
+        h, *states = saved
+        grads = onednn.gradients_to_compute(grads)
+        rows, h_0, c_0, *flat = onednn.to_compute(rows, h_0, c_0, *flat)
+        h = h.to(rows.dtype)
+        weights = unflatten_weights(flat, h_0.shape[0], bias=self.bias, projection=False)
+        each = len(states) // len(weights)
+        results = []
+        for index, direction in enumerate(weights):
+            reverse = index == 1
+            own_h = _in_order(_columns(h, index, width), layout, reverse=reverse)
+            if grads.h is None:
+                d_h = own_h.new_zeros(own_h.shape)
             else:
-                found = _layer_backward(layout, bias, grads, rows, h_0, c_0, flat, h, saved, needs)
-        return (None, None, *found)
+                d_h = _in_order(_columns(grads.h, index, width), layout, reverse=reverse)
+            if grads.h_n is not None:
+                d_h = d_h.index_add(0, layout.last, grads.h_n[index, :active])
+            result = _backward(
+                d_h,
+                None if grads.c_n is None else grads.c_n[index],
+                _input(rows, layout, reverse=reverse),
+                own_h,
+                *(layout, direction, h_0[index], c_0[index]),
+                states[index * each : (index + 1) * each],
+            )
+            if grads.h_n is not None:
+                result.h_0[active:] = grads.h_n[index, active:]
+            assert result.rows is not None
+            d_rows = result.rows[:, : rows.shape[1]]  # without the carry feature's
+            if reverse:
+                d_rows = d_rows.index_select(0, layout.mirror)
+            results.append(result._replace(rows=d_rows))
+        return layer_gradients(results, weights, dtype, needs)
+
+    def composite(
+        self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+    ) -> LayerOutput:
+        """See :class:`fastrnn.recurrence.Path`."""
+        valid = self.layout.valid
+        call = Call(self.layout.sizes, h_0.shape[0], self.bias, False, False)
+        output = run_composite(call, rows.index_select(0, valid), h_0, c_0, flat)
+        h = output.h.new_zeros(rows.shape[0], output.h.shape[1]).index_copy(0, valid, output.h)
+        return output._replace(h=h)
 
 
-def _layer_forward(
-    layout: RectangleLayout,
-    bias: bool,
-    rows: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    flat: Sequence[Tensor],
-    *,
-    save: bool,
-) -> tuple[LayerOutput, list[Tensor]]:
-    """All directions, and what they save."""
-    dtype = rows.dtype
-    rows, h_0, c_0, *flat = to_compute(rows, h_0, c_0, *flat)
-    weights = unflatten_weights(flat, h_0.shape[0], bias=bias, projection=False)
-    runs = []
-    for index, direction in enumerate(weights):
-        x = _input(rows, layout, reverse=index == 1)
-        run = _forward(x, layout, direction, h_0[index], c_0[index], save)
-        runs.append(run._replace(h=_in_order(run.h, layout, reverse=index == 1)))
-    return layer_output(runs, dtype), [tensor for run in runs for tensor in run.saved]
-
-
-def _layer_backward(
-    layout: RectangleLayout,
-    bias: bool,
-    grads: OutputGradients,
-    rows: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    flat: Sequence[Tensor],
-    h: Tensor,
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of rows, h_0, c_0 and each weight; ``needs`` in the same order."""
-    dtype, width, active = rows.dtype, c_0.shape[2], layout.sizes[0]
-    grads = grads.to_compute()
-    rows, h_0, c_0, h, *flat = to_compute(rows, h_0, c_0, h, *flat)
-    weights = unflatten_weights(flat, h_0.shape[0], bias=bias, projection=False)
-    each = len(saved) // len(weights)
-    results = []
-    for index, direction in enumerate(weights):
-        own_h = _in_order(h[:, index * width : (index + 1) * width], layout, reverse=index == 1)
-        if grads.h is None:
-            d_h = own_h.new_zeros(own_h.shape)
-        else:
-            d_h = grads.h[:, index * width : (index + 1) * width]
-            d_h = _in_order(d_h, layout, reverse=index == 1)
-        if grads.h_n is not None:
-            d_h = d_h.index_add(0, layout.last, grads.h_n[index, :active])
-        result = _backward(
-            d_h,
-            None if grads.c_n is None else grads.c_n[index],
-            _input(rows, layout, reverse=index == 1),
-            own_h,
-            *(layout, direction, h_0[index], c_0[index]),
-            saved[index * each : (index + 1) * each],
-        )
-        if grads.h_n is not None:
-            result.h_0[active:] = grads.h_n[index, active:]
-        assert result.rows is not None
-        d_rows = result.rows[:, : rows.shape[1]]  # without the carry feature's
-        if index == 1:
-            d_rows = d_rows.index_select(0, layout.mirror)
-        results.append(result._replace(rows=d_rows))
-    return layer_gradients(results, weights, dtype, needs)
-
-
-def _differentiable(
-    layout: RectangleLayout,
-    bias: bool,
-    grads: OutputGradients,
-    rows: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    flat: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients as functions of inputs and ``grads`` that can be differentiated again."""
-    call = Call(layout.sizes, h_0.shape[0], bias, projection=False, cell_states=False)
-    packed = None if grads.h is None else grads.h.index_select(0, layout.valid)
-    inputs = [rows.index_select(0, layout.valid), h_0, c_0, *flat]
-    d_rows, *others = differentiable_backward(call, grads._replace(h=packed), inputs, needs)
-    if d_rows is not None:
-        d_rows = d_rows.new_zeros(rows.shape).index_copy(0, layout.valid, d_rows)
-    return [d_rows, *others]
+def _columns(states: Tensor, index: int, width: int) -> Tensor:
+    """A direction's part of ``[N, D * H]``."""
+    return states[:, index * width : (index + 1) * width]
 
 
 def run_rectangles(
@@ -379,9 +337,5 @@ def run_rectangles(
     Returns:
         See :class:`LayerOutput`; ``h`` is zero in the padding, and ``c`` is None.
     """
-    flat, bias = flatten_weights(weights), weights[0].bias_ih is not None
-    inputs = (rows, h_0, c_0, *flat)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return LayerOutput(*RectangleRecurrence.apply(layout, bias, *inputs))
-    output, _ = _layer_forward(layout, bias, rows, h_0, c_0, flat, save=False)
-    return output
+    path = InRectangles(layout, weights[0].bias_ih is not None)
+    return run(path, rows, h_0, c_0, flatten_weights(weights))

@@ -1,7 +1,9 @@
-"""A layer by the step loop, with all that it saves in tensors of shapes known beforehand.
+"""A layer by the step loop of reference.py: every direction, with what each saves.
 
-``[N, D, ...]`` over all rows allocated, zeros past the valid ones: what an operator can promise
-while it is traced, and what the kernels save as well, so that this can stand in for them.
+:class:`StepLoop` is the path of recurrence.py. :func:`steps_forward` and :func:`steps_backward` do
+the same with all that is saved in tensors of shapes known beforehand, ``[N, D, ...]`` over all rows
+allocated, zeros past the valid ones: what an operator can promise while it is traced, and what the
+kernels save as well, so that this can stand in for them.
 """
 
 from __future__ import annotations
@@ -11,15 +13,189 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastrnn import reference
 from fastrnn.recurrence import (
-    Call,
-    DirectionRun,
     LayerOutput,
+    Memory,
     OutputGradients,
+    layer_gradients,
+    layer_output,
     pad_rows,
-    run_backward,
-    run_forward,
+    to_compute,
+    unflatten_weights,
 )
+from fastrnn.reference import Gradients, LayerWeights, compute_dtype
+
+
+class Call(NamedTuple):
+    """What a layer's computation is, besides its tensors.
+
+    Attributes:
+        sizes: active sequences at each step.
+        directions: D.
+        bias: whether there are biases.
+        projection: whether there are projections.
+        cell_states: whether the cell states are an output.
+        memory: "save" keeps the activated gates and tanh(c) for backward, 5 H numbers a row and
+            direction; "recompute" makes them again.
+    """
+
+    sizes: tuple[int, ...]
+    directions: int
+    bias: bool
+    projection: bool
+    cell_states: bool
+    memory: Memory = "save"
+
+    def unflatten(self, flat: Sequence[Tensor]) -> list[LayerWeights]:
+        """The flat list of weights, by direction."""
+        return unflatten_weights(flat, self.directions, bias=self.bias, projection=self.projection)
+
+
+def host_sizes(batch_sizes: Tensor) -> tuple[int, ...]:
+    """``batch_sizes`` on the host, without the steps of a bounded layout that nobody reaches."""
+    sizes: list[int] = batch_sizes.tolist()
+    while sizes and sizes[-1] == 0 and sizes[0] > 0:
+        sizes.pop()
+    return tuple(sizes)
+
+
+class DirectionRun(NamedTuple):
+    """What a direction saved: its cell states, and what :func:`lstm_forward` says."""
+
+    c: Tensor | None
+    saved: tuple[Tensor, ...]
+
+
+def run_forward(
+    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
+) -> tuple[LayerOutput, list[DirectionRun]]:
+    """Run every direction."""
+    dtype = rows.dtype
+    rows, h_0, c_0, *flat = to_compute(rows, h_0, c_0, *flat)
+    results = [
+        reference.lstm_forward(
+            *(rows, call.sizes, direction, h_0[index], c_0[index]),
+            reverse=index == 1,
+            save_gates=save and call.memory == "save",
+            save_cells=save or call.cell_states,
+        )
+        for index, direction in enumerate(call.unflatten(flat))
+    ]
+    output = layer_output(results, dtype, cell_states=call.cell_states)
+    return output, [DirectionRun(run.c, run.saved) for run in results]
+
+
+def run_backward(
+    call: Call,
+    grads: OutputGradients,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    h: Tensor,
+    directions: Sequence[DirectionRun],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and each weight, in their dtypes; ``needs`` in the same order."""
+    dtype, grads = rows.dtype, grads.to_compute()
+    rows, h_0, c_0, h, *flat = to_compute(rows, h_0, c_0, h, *flat)
+    size_h, hidden_size = h_0.shape[2], c_0.shape[2]
+    each = len(flat) // call.directions
+    results: list[Gradients] = []
+    by_direction = call.unflatten(flat)
+    for index, (weights, run) in enumerate(zip(by_direction, directions, strict=True)):
+        assert run.c is not None
+        result = reference.lstm_backward(
+            _columns(grads.h, index, size_h),
+            None if grads.h_n is None else grads.h_n[index],
+            None if grads.c_n is None else grads.c_n[index],
+            _columns(grads.c, index, hidden_size),
+            *(rows, call.sizes, weights, h_0[index], c_0[index]),
+            *(h[:, index * size_h : (index + 1) * size_h], run.c, run.saved),
+            reverse=index == 1,
+            needs_rows=needs[0],
+            needs_weights=_layer_needs(needs[3 + index * each :][:each], call),
+        )
+        results.append(result)
+    return layer_gradients(results, by_direction, dtype, needs)
+
+
+def _columns(states: Tensor | None, index: int, width: int) -> Tensor | None:
+    """A direction's part of ``[N, D * F]``."""
+    return None if states is None else states[:, index * width : (index + 1) * width]
+
+
+def _layer_needs(needs: Sequence[bool], call: Call) -> list[bool]:
+    """``needs`` of the weights given, as one of each of ih, hh, bias_ih, bias_hh, hr."""
+    ih, hh, *rest = needs
+    biases = rest[:2] if call.bias else [False, False]
+    return [ih, hh, *biases, rest[-1] if call.projection else False]
+
+
+def run_composite(
+    call: Call,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+) -> LayerOutput:
+    """The layer in differentiable operations."""
+    dtype = rows.dtype
+    rows, h_0, c_0, *flat = (t.to(compute_dtype(dtype)) for t in (rows, h_0, c_0, *flat))
+    results = [
+        reference.lstm_composite(
+            *(rows, call.sizes, weights, h_0[index], c_0[index]),
+            reverse=index == 1,
+        )
+        for index, weights in enumerate(call.unflatten(flat))
+    ]
+    return layer_output(results, dtype, cell_states=call.cell_states)
+
+
+class StepLoop(NamedTuple):
+    """The path of recurrence.py.
+
+    Saved: the outputs; and of each direction c, H numbers a row, and unless ``memory="recompute"``
+    gates and tanh(c), 5 H.
+
+    Attributes:
+        call: the layer's.
+    """
+
+    call: Call
+
+    def forward(
+        self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
+    ) -> tuple[LayerOutput, list[Tensor | None]]:
+        """See :class:`fastrnn.recurrence.Path`."""
+        output, runs = run_forward(self.call, rows, h_0, c_0, flat, save=save)
+        return output, [output.h, *(tensor for run in runs for tensor in (run.c, *run.saved))]
+
+    def backward(
+        self,
+        grads: OutputGradients,
+        rows: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        flat: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """See :class:`fastrnn.recurrence.Path`."""
+        h, *states = saved
+        each = len(states) // self.call.directions
+        runs = [
+            DirectionRun(states[begin], tuple(states[begin + 1 : begin + each]))
+            for begin in range(0, len(states), each)
+        ]
+        return run_backward(self.call, grads, rows, h_0, c_0, flat, h, runs, needs)
+
+    def composite(
+        self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+    ) -> LayerOutput:
+        """See :class:`fastrnn.recurrence.Path`."""
+        return run_composite(self.call, rows, h_0, c_0, flat)
 
 
 class States(NamedTuple):

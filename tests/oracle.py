@@ -306,6 +306,17 @@ def assert_identical(actual, expected):
         assert torch.equal(actual[name], value), name
 
 
+def assert_within_budget(found, low, exact, dtype):
+    """Error against float64 at most twice the low-precision LSTM's and one rounding."""
+    assert found.keys() == low.keys() == exact.keys()
+    for name, right in exact.items():
+        error, their_error = (
+            (value[name].double() - right).abs().max().item() for value in (found, low)
+        )
+        rounding = torch.finfo(dtype).eps / 2 * right.abs().max().item()
+        assert error <= 2 * (their_error + rounding), (name, error, their_error, rounding)
+
+
 # --- the forms a ragged batch comes in -----------------------------------------------------------
 
 

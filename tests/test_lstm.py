@@ -15,6 +15,7 @@ from tests.oracle import (
     answer,
     assert_agree,
     assert_identical,
+    assert_within_budget,
     by_jagged,
     by_list,
     by_packing,
@@ -422,17 +423,6 @@ def test_resets_at_every_step_leave_no_memory():
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 every_low = pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
-
-
-def assert_within_budget(found, low, exact, dtype):
-    """Error against float64 at most twice the low-precision LSTM's and one rounding."""
-    assert found.keys() == low.keys() == exact.keys()
-    for name, right in exact.items():
-        error, their_error = (
-            (value[name].double() - right).abs().max().item() for value in (found, low)
-        )
-        rounding = torch.finfo(dtype).eps / 2 * right.abs().max().item()
-        assert error <= 2 * (their_error + rounding), (name, error, their_error, rounding)
 
 
 @every_low

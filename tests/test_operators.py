@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn import onednn
 from fastrnn.operators import lstm_layer_backward_op, lstm_layer_op
 from tests.oracle import every_path, forced, make_state
 
@@ -75,13 +76,18 @@ def test_opcheck_backward(case, cell_states, memory):
 @every_path
 @pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES)
 def test_inference_computes_what_training_does(case, path):
-    """Inference may run rectangles, also where the layout ends in empty steps and spare rows."""
+    """Inference may run rectangles, also where the layout ends in empty steps and spare rows.
+
+    In bfloat16 oneDNN may round what the step loop of training does not, once a step.
+    """
     arguments = operands(grad=False, **case)
     training = lstm_layer_op(*arguments, False, True, "auto", "save")
     with forced(path):
         inference = lstm_layer_op(*arguments, False, False, "auto", "save")
+    rounded = onednn.compute_dtype(arguments[0].dtype) == torch.bfloat16 and path != "loop"
+    tolerance = torch.finfo(torch.bfloat16).eps if rounded else 1e-6
     for found, expected in zip(inference[:3], training[:3]):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def test_spare_rows_are_not_read():

@@ -158,7 +158,7 @@ def test_a_multiple_of_8_is_not_touched() -> None:
     x, hx = problem(lstm)
     with (
         on_kernels(),
-        mock.patch.object(layer, "run_fused", wraps=layer.run_fused) as run,
+        mock.patch.object(layer, "run", wraps=layer.run) as run,
         mock.patch.object(layer, "narrow", wraps=layer.narrow) as narrow,
         mock.patch.object(widening, "functional", None),
     ):
