@@ -7,14 +7,12 @@ Limits: those of onednn.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrnn.recurrence import flatten_weights
-from fastrnn.reference import LayerWeights
+from fastrnn import onednn
 
 
 class DenseOutput(NamedTuple):
@@ -31,27 +29,31 @@ class DenseOutput(NamedTuple):
     c_n: Tensor
 
 
-def can_run_dense(x: Tensor, dtype: torch.dtype, layers: Sequence[Sequence[LayerWeights]]) -> bool:
+def can_run_dense(x: Tensor, dtype: torch.dtype, flat: list[Tensor]) -> bool:
     """Whether torch's LSTM computes a padded batch right where oneDNN runs it.
 
     Args:
         x: the input.
         dtype: to compute in, autocast's where it is on.
-        layers: the weights of each layer's directions, without projections.
+        flat: the weights of all layers and directions, without projections.
     """
     return (
-        x.dtype == dtype == torch.float32
+        x.dtype == dtype == onednn.compute_dtype(dtype)
         and x.numel() > 0
         # oneDNN takes strided weights for contiguous ones.
-        and all(w is None or w.is_contiguous() for layer in layers for d in layer for w in d)
+        and all(weight.is_contiguous() for weight in flat)
     )
 
 
 def run_dense(
     x: Tensor,
-    layers: Sequence[Sequence[LayerWeights]],
+    flat: list[Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
+    *,
+    num_layers: int,
+    bias: bool,
+    bidirectional: bool,
     batch_first: bool,
     dropout: float,
 ) -> DenseOutput:
@@ -59,21 +61,17 @@ def run_dense(
 
     Args:
         x: ``[T, B, I]``, or ``[B, T, I]`` where ``batch_first``, for which :func:`can_run_dense`.
-        layers: the weights of each layer's directions, without projections.
+        flat: the weights of all layers and directions, without projections.
         h_0: ``[L * D, B, H]``. None: zeros.
         c_0: ``[L * D, B, H]``. None: zeros.
+        num_layers: L.
+        bias: whether there are biases.
+        bidirectional: D = 2.
         batch_first: see ``x``.
         dropout: probability that an entry of a layer's output is zeroed before the next layer.
     """
-    directions = len(layers[0])
     if h_0 is None or c_0 is None:  # always both
-        batch = x.shape[0 if batch_first else 1]
-        h_0 = c_0 = x.new_zeros(len(layers) * directions, batch, layers[0][0].hidden_size)
-    flat = [weight for layer in layers for weight in flatten_weights(layer)]
-    bias = layers[0][0].bias_ih is not None
-    return DenseOutput(
-        *torch.lstm(
-            *(x, (h_0, c_0), flat, bias, len(layers), dropout, dropout > 0),
-            *(directions == 2, batch_first),
-        )
-    )
+        states, batch = num_layers * (1 + bidirectional), x.shape[0 if batch_first else 1]
+        h_0 = c_0 = x.new_zeros(states, batch, flat[1].shape[1])
+    settings = (bias, num_layers, dropout, dropout > 0, bidirectional, batch_first)
+    return DenseOutput(*torch.lstm(x, (h_0, c_0), flat, *settings))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -16,7 +15,7 @@ from fastrnn.backends import Backend, check_backend, resolve_backend
 from fastrnn.dense import can_run_dense, run_dense
 from fastrnn.forms import Form, Jagged, Packed, Padded
 from fastrnn.packing import Lengths
-from fastrnn.recurrence import Memory, autocast_dtype, flatten_weights, unflatten_weights
+from fastrnn.recurrence import Memory, autocast_dtype, unflatten_weights
 from fastrnn.reference import LayerWeights
 from fastrnn.stack import run_stack
 
@@ -149,7 +148,7 @@ class LSTM(nn.RNNBase):
         if isinstance(lengths, int):  # of an unbatched sequence
             lengths = [lengths]
         form = self._form(input)
-        layers = self._layers()
+        flat = self._weights()
         dtype = form.data.dtype
         if dtype != torch.float64:
             dtype = autocast_dtype(form.device) or dtype
@@ -158,7 +157,7 @@ class LSTM(nn.RNNBase):
             h_0, c_0 = self._initial_states(form, hx, unbatched)
             self._check_device("hidden", form, h_0, c_0)
             h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
-        self._check_device("parameter", form, layers[0][0].ih)
+        self._check_device("parameter", form, flat[0])
 
         directions = 2 if self.bidirectional else 1
         backend = resolve_backend(
@@ -177,18 +176,20 @@ class LSTM(nn.RNNBase):
             if (
                 (lengths is None and mask is None and resets is None)
                 and isinstance(form, Padded)
-                and can_run_dense(form.x, dtype, layers)
+                and can_run_dense(form.x, dtype, flat)
             ):
-                dense = run_dense(form.x, layers, h_0, c_0, self.batch_first, dropout)
+                dense = run_dense(
+                    *(form.x, flat, h_0, c_0),
+                    num_layers=self.num_layers,
+                    bias=self.bias,
+                    bidirectional=self.bidirectional,
+                    batch_first=self.batch_first,
+                    dropout=dropout,
+                )
                 return self._as_given(unbatched, (dense.h_n, dense.c_n), [dense.output])
             needs_grad = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad
-                for tensor in (
-                    form.data,
-                    h_0,
-                    c_0,
-                    *chain.from_iterable(map(flatten_weights, layers)),
-                )
+                for tensor in (form.data, h_0, c_0, *flat)
             )
             may_pad = not (self.bidirectional and hx is not None)
             work = Work(self.input_size, self.hidden_size, needs_grad, may_pad)
@@ -196,7 +197,7 @@ class LSTM(nn.RNNBase):
         result = run_stack(
             form.rows(layout).to(dtype),
             layout,
-            [[weights.to(dtype) for weights in layer] for layer in layers],
+            self._layers(flat, dtype),
             h_0,
             c_0,
             dropout=dropout,
@@ -272,13 +273,21 @@ class LSTM(nn.RNNBase):
                 )
         return h_0, c_0
 
-    def _layers(self) -> list[list[LayerWeights]]:
-        """The weights of each layer and direction, read anew at every call."""
-        flat: list[Tensor] = [getattr(self, name) for name in self._flat_weights_names]
+    def _weights(self) -> list[Tensor]:
+        """All weights, read anew at every call."""
+        found = []
+        for name in self._flat_weights_names:
+            weight = self._parameters.get(name)  # which getattr finds by way of a failure
+            found.append(getattr(self, name) if weight is None else weight)
+        return found
+
+    def _layers(self, flat: Sequence[Tensor], dtype: torch.dtype) -> list[list[LayerWeights]]:
+        """All weights in ``dtype``, by layer and direction."""
         directions = 2 if self.bidirectional else 1
         each = unflatten_weights(
             *(flat, self.num_layers * directions), bias=self.bias, projection=self.proj_size > 0
         )
+        each = [weights.to(dtype) for weights in each]
         return [each[begin : begin + directions] for begin in range(0, len(each), directions)]
 
     def _check_device(self, kind: str, form: Form, *tensors: Tensor) -> None:
@@ -352,7 +361,7 @@ class LSTM(nn.RNNBase):
         unbatched = isinstance(input, Tensor) and input.dim() == 2
         dim = 0 if self.batch_first else 1
         form = self._form(input.unsqueeze(dim) if unbatched else input)
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = self._weights()
         settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         if hx is None:
             states = self.num_layers * (2 if self.bidirectional else 1)

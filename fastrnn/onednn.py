@@ -4,9 +4,9 @@ The operator knows neither lengths nor masks. One extra input feature gives it p
 same: 1 on a padded step and 0 elsewhere, with weights -CARRY for gate i and +CARRY for f. There
 i = 0 and f = 1 exactly, so c is carried bit for bit, and every gate's gradient is exactly zero.
 
-float32; and bfloat16 where the processor multiplies it (AVX512-BF16, AMX), with cell states in
-float32, which nn.LSTM rounds at every step. Gradients come in float32 either way. Other 16-bit
-tensors are computed in float32.
+float32; and bfloat16 where the processor multiplies it (AVX512-BF16, AMX), where c_0 in float32
+keeps all cell states in it, and gradients come in float32. Other 16-bit tensors are computed in
+float32.
 
 Limits: no projection; no cell-state sequence.
 """

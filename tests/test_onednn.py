@@ -58,7 +58,6 @@ needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="the processor has 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "loop"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
 def test_bfloat16_is_as_exact_as_nn_lstm(path, has, bidirectional, monkeypatch):
-    """Cell states in float32, where nn.LSTM rounds them at every step."""
     monkeypatch.setattr(onednn, "multiplies_bfloat16", lambda: has)
     lengths, dtype = [3, 17, 1, 11, 17], torch.bfloat16
     config = {"num_layers": 2, "bidirectional": bidirectional, "dtype": dtype}
