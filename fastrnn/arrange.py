@@ -7,6 +7,7 @@ rectangles for oneDNN; or packed, for the step loop.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,14 +16,7 @@ from torch import Tensor
 
 from fastrnn import costs
 from fastrnn.forms import Form, Packed, Padded
-from fastrnn.packing import (
-    Layout,
-    Lengths,
-    Rectangle,
-    check_lengths,
-    padded_layout,
-    ragged_layout,
-)
+from fastrnn.packing import Layout, Lengths, Rectangle, ragged_layout
 from fastrnn.rectangles import plan
 
 
@@ -33,30 +27,37 @@ class Work(NamedTuple):
         input_size: I, of the first layer.
         hidden_size: H.
         train: forward and backward, rather than forward alone.
-        packed: whether the input is packed as it comes.
-        may_pad: whether the padded batch may run as it stands.
+        dtype: that it computes in.
     """
 
     input_size: int
     hidden_size: int
     train: bool
-    may_pad: bool
-    packed: bool = False
+    dtype: torch.dtype
 
-    def cut(self, sizes: tuple[int, ...]) -> Sequence[Rectangle] | None:
-        """Where to cut a batch with so many sequences active at each step; None: pack it."""
-        shape, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
-        cost = costs.rectangle_costs(*shape, train=self.train, threads=threads)
+    def cut(self, sizes: tuple[int, ...], *, packed: bool = False) -> Sequence[Rectangle] | None:
+        """Where to cut a batch with so many sequences active at each step; None: pack it.
+
+        Args:
+            sizes: of each step.
+            packed: whether the input is packed as it comes. Default: False.
+        """
+        size, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
+        cost = costs.layer_costs(
+            "rectangles", *size, train=self.train, threads=threads, dtype=self.dtype
+        )
         found = plan(sizes, cost)
         loop = costs.step_loop_seconds(
-            sizes, *shape, train=self.train, threads=threads, packed=self.packed
+            *(sum(sizes), len(sizes), *size), train=self.train, threads=threads, packed=packed
         )
         return found.rectangles if found.seconds <= loop else None
 
-    def worth_padding(self, padded_rows: int) -> bool:
-        """Whether computing so many padded steps costs less than leaving them out."""
-        shape, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
-        return costs.worth_padding(padded_rows, *shape, train=self.train, threads=threads)
+    def pad(self, rows: int, lengths: Sequence[int]) -> bool:
+        """Whether a padded batch of so many rows and these lengths is best run as it stands."""
+        size, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
+        return costs.worth_padding(
+            rows, lengths, *size, train=self.train, threads=threads, dtype=self.dtype
+        )
 
 
 def arrange(
@@ -65,6 +66,8 @@ def arrange(
     mask: Tensor | None,
     resets: Tensor | None,
     work: Work | None,
+    *,
+    may_pad: bool = False,
 ) -> Layout:
     """The layout of a batch.
 
@@ -74,20 +77,17 @@ def arrange(
         mask: see there.
         resets: see there.
         work: what oneDNN is to do; None where it cannot.
+        may_pad: whether a padded batch may run as it stands. Default: False.
 
     Returns:
         The layout that is the fastest by the models.
     """
-    cut = None if work is None else work.cut
-    if mask is None and resets is None:
-        if lengths is None:
-            if work is not None and isinstance(form, Packed):
-                cut = work._replace(packed=True).cut
-            return form.layout(cut)
-        on_host = not (isinstance(lengths, Tensor) and not lengths.is_cpu)
-        if work is not None and work.may_pad and on_host and isinstance(form, Padded):
-            lengths = check_lengths(lengths, form.batch, form.steps, exact=True)
-            values = lengths.tolist()
-            if values and min(values) > 0 and work.worth_padding(form.entries - sum(values)):
-                return padded_layout(form.steps, form.batch, lengths)
-    return ragged_layout(form, lengths, mask, resets, cut=cut)
+    if work is None:
+        cut, pad = None, None
+    else:
+        cut, pad = work.cut, work.pad if may_pad and isinstance(form, Padded) else None
+    if lengths is None and mask is None and resets is None:
+        if work is not None and isinstance(form, Packed):
+            cut = functools.partial(work.cut, packed=True)
+        return form.layout(cut)
+    return ragged_layout(form, lengths, mask, resets, cut=cut, pad=pad)

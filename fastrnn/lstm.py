@@ -191,9 +191,9 @@ class LSTM(nn.RNNBase):
                 tensor is not None and tensor.requires_grad
                 for tensor in (form.data, h_0, c_0, *flat)
             )
-            may_pad = not (self.bidirectional and hx is not None)
-            work = Work(self.input_size, self.hidden_size, needs_grad, may_pad)
-        layout = arrange(form, lengths, mask, resets, work)
+            work = Work(self.input_size, self.hidden_size, needs_grad, onednn.compute_dtype(dtype))
+        may_pad = not (self.bidirectional and hx is not None)  # see padded.py
+        layout = arrange(form, lengths, mask, resets, work, may_pad=may_pad)
         result = run_stack(
             form.rows(layout).to(dtype),
             layout,

@@ -83,7 +83,8 @@ def infer(
         projection=call.projection,
     ):
         return None
-    work = Work(rows.shape[1], c_0.shape[2], train=False, may_pad=False)
+    dtype = onednn.compute_dtype(rows.dtype)
+    work = Work(rows.shape[1], c_0.shape[2], train=False, dtype=dtype)
     layout = cut_rows(call.sizes, h_0.shape[1], work.cut)
     if layout is None:
         return None

@@ -48,8 +48,7 @@ def run_padded(
     dtype, wide = rows.dtype, onednn.compute_dtype(rows.dtype)
     rows, h_0, c_0 = rows.to(wide), h_0.to(wide).contiguous(), c_0.to(wide).contiguous()
     if layout.padding is not None and layout.carry is not None:
-        carry = layout.carry.to(wide)
-        rows = torch.cat([rows.index_fill(0, layout.padding, 0.0), carry], 1)
+        rows = onednn.with_carry(rows.index_fill(0, layout.padding, 0.0), layout.carry)
     x = rows.contiguous().view(-1, layout.sequences, rows.shape[1])
     results = []
     for index, direction in enumerate(weights):
@@ -60,7 +59,8 @@ def run_padded(
         output, h_n, c_n, _ = onednn.dense_forward(*inputs, reverse=index == 1, save=save)
         output = output.view(-1, h_n.shape[1])
         if layout.padding is not None and layout.last is not None:
-            output = output.index_fill(0, layout.padding, 0.0)
+            fill = output.index_fill if save else output.index_fill_
+            output = fill(0, layout.padding, 0.0)
             if index == 0:  # the last step may be padding
                 h_n = output.index_select(0, layout.last)
         results.append(Forward(output, h_n, c_n, None, ()))

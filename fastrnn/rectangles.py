@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import onednn
-from fastrnn.costs import RectangleCosts
+from fastrnn.costs import LayerCosts
 from fastrnn.packing import Rectangle, RectangleLayout
 from fastrnn.recurrence import (
     LayerOutput,
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def plan(sizes: tuple[int, ...], cost: RectangleCosts) -> Plan:
+def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:
     """The cheapest way to cover the staircase ``sizes`` with rectangles of few shapes.
 
     Args:
@@ -127,7 +127,7 @@ def _in_order(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor
 def _input(rows: Tensor, layout: RectangleLayout, *, reverse: bool) -> Tensor:
     """The same, with the carry feature where it is needed."""
     rows = _in_order(rows, layout, reverse=reverse)
-    return torch.cat([rows, layout.carry.to(rows.dtype)], 1) if layout.has_padding else rows
+    return onednn.with_carry(rows, layout.carry) if layout.has_padding else rows
 
 
 def _forward(

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import costs, onednn
-from fastrnn.costs import RectangleCosts
+from fastrnn.costs import LayerCosts
 
 # Of a tensor's largest entry: a few roundings, times the square root of the terms that are summed.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-13}
@@ -93,9 +93,9 @@ def valid_steps(lengths, steps):
 
 PATHS = {
     "loop": None,
-    "one-rectangle": RectangleCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
-    "many-rectangles": RectangleCosts(layer=0.0, call=1e-9, row=1.0, step=0.0),
-    "padded": RectangleCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
+    "one-rectangle": LayerCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
+    "many-rectangles": LayerCosts(layer=0.0, call=1e-9, row=1.0, step=0.0),
+    "padded": LayerCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
 }
 every_path = pytest.mark.parametrize("path", PATHS)
 
@@ -118,7 +118,7 @@ def forced(path):
             patch(onednn, "available", False)
         else:
             patch(costs, "step_loop_seconds", math.inf)
-            patch(costs, "rectangle_costs", PATHS[path])
+            patch(costs, "layer_costs", PATHS[path])
         yield
 
 

@@ -87,7 +87,7 @@ def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monke
 def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(monkeypatch):
     asked = []
 
-    def step_loop_seconds(*args, train, threads, packed):
+    def step_loop_seconds(*args, train, **options):
         asked.append(train)
         return 0.0
 
