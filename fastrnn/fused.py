@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrnn.packing import Steps
 from fastrnn.recurrence import (
     LayerOutput,
     Memory,
@@ -70,9 +71,9 @@ class FusedCall(NamedTuple):
         """The flat list of weights, by direction."""
         return unflatten_weights(flat, self.directions, bias=self.bias, projection=False)
 
-    def steps(self, batch_sizes: Tensor) -> Call:
+    def of_loop(self, steps: Steps) -> Call:
         """The same call of the step loop, which waits for the sizes to be on the host."""
-        sizes = host_sizes(batch_sizes)
+        sizes = host_sizes(steps.sizes)
         shape = (sizes, self.directions, self.bias, False, self.cell_states)
         return Call(*shape, self.memory)
 
@@ -113,11 +114,6 @@ def products_of(precision: str, device: torch.device, dtype: torch.dtype) -> Ite
         matmul.fp32_precision = switch  # the older switch may have turned "none" into "ieee"
 
 
-def step_offsets(batch_sizes: Tensor) -> Tensor:
-    """``[T]``, the first row of each step."""
-    return batch_sizes.cumsum(0) - batch_sizes
-
-
 class _Stacked(NamedTuple):
     """The weights of all directions as the products and the kernels take them.
 
@@ -156,7 +152,7 @@ def _project(rows: Tensor, weights: _Stacked) -> Tensor:
 
 def fused_forward(
     call: FusedCall,
-    batch_sizes: Tensor,
+    steps: Steps,
     rows: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -168,7 +164,7 @@ def fused_forward(
 
     Args:
         call: what to compute.
-        batch_sizes: ``[T]`` int64, never growing; best on the device of ``rows``.
+        steps: of the batch, on the device of ``rows``.
         rows: ``[N, I]``; zeros in rows past the valid ones.
         h_0: ``[D, S, H]``.
         c_0: ``[D, S, H]``.
@@ -186,7 +182,6 @@ def fused_forward(
     from fastrnn_kernels.lstm_forward import lstm_forward
 
     precision = input_precision()
-    batch_sizes = batch_sizes.to(rows.device, non_blocking=True)
     weights = _stack(call.unflatten(flat))
     keep: Literal["gates", "cells", "nothing"] = "nothing"
     if save or call.cell_states:
@@ -196,13 +191,13 @@ def fused_forward(
     try:
         result = lstm_forward(
             *(gates_x, weights.hh, h_0.contiguous(), c_0.contiguous()),
-            *(batch_sizes, step_offsets(batch_sizes)),
+            *steps,
             save=keep,
             input_precision=precision,
         )
     except CannotLaunch as error:
         call.refused(error)
-        output, states = steps_forward(call.steps(batch_sizes), rows, h_0, c_0, flat, save=save)
+        output, states = steps_forward(call.of_loop(steps), rows, h_0, c_0, flat, save=save)
         c, gates = (None if s is None else s.to(rows.dtype) for s in (states.c, states.gates))
         return output, States(c, gates, None)
     output = LayerOutput(result.h.flatten(1), result.h_n, result.c_n, None)
@@ -212,7 +207,7 @@ def fused_forward(
 def fused_backward(
     call: FusedCall,
     grads: OutputGradients,
-    batch_sizes: Tensor,
+    steps: Steps,
     rows: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -226,7 +221,7 @@ def fused_backward(
     Args:
         call: as in :func:`fused_forward`.
         grads: that reach the outputs; None is zero.
-        batch_sizes: as in :func:`fused_forward`, and so are the next four.
+        steps: as in :func:`fused_forward`, and so are the next four.
         rows: see there.
         h_0: see there.
         c_0: see there.
@@ -242,8 +237,6 @@ def fused_backward(
     from fastrnn_kernels.lstm_backward import lstm_backward
 
     precision = input_precision()
-    batch_sizes = batch_sizes.to(rows.device, non_blocking=True)
-    offsets = step_offsets(batch_sizes)
     weights = _stack(call.unflatten(flat))
     directions, _, hidden_size = weights.hh.shape
     initial_h, initial_c = h_0.contiguous(), c_0.contiguous()
@@ -254,7 +247,7 @@ def fused_backward(
     assert c is not None
     previous = None
     if gates is None or any(needs_flat[1::each]):
-        previous = _previous_states(outputs, initial_h, batch_sizes, offsets)
+        previous = _previous_states(outputs, initial_h, steps)
     if gates is None:
         assert previous is not None
         with products_of(precision, rows.device, rows.dtype):
@@ -268,15 +261,15 @@ def fused_backward(
             c=c,
             c_0=initial_c,
             weight_hh=weights.hh,
-            batch_sizes=batch_sizes,
-            offsets=offsets,
+            batch_sizes=steps.sizes,
+            offsets=steps.offsets,
             d_c=None if grads.c is None else _given(grads.c, c),
             input_precision=precision,
         )
     except CannotLaunch as error:
         call.refused(error)
         inputs = (rows, h_0, c_0, flat, h, States(c, None, None), needs)
-        return steps_backward(call.steps(batch_sizes), grads, *inputs)
+        return steps_backward(call.of_loop(steps), grads, *inputs)
     with products_of(precision, rows.device, rows.dtype):
         found: list[Tensor | None] = [
             d_gates.flatten(1) @ weights.ih if needs_rows else None,
@@ -298,8 +291,9 @@ def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient.reshape(like.shape).contiguous()
 
 
-def _previous_states(h: Tensor, h_0: Tensor, batch_sizes: Tensor, offsets: Tensor) -> list[Tensor]:
+def _previous_states(h: Tensor, h_0: Tensor, layout: Steps) -> list[Tensor]:
     """``[N, H]`` for each direction: the hidden state that every row comes with."""
+    batch_sizes, offsets = layout
     count, steps = h.shape[0], batch_sizes.shape[0]
     row = torch.arange(count, device=h.device)
     step = torch.searchsorted(offsets + batch_sizes, row, right=True)
@@ -333,17 +327,17 @@ class Fused(NamedTuple):
 
     Attributes:
         call: what to compute.
-        batch_sizes: ``[T]`` int64, never growing; best on the device of the rows.
+        steps: of the batch, on the device of the rows.
     """
 
     call: FusedCall
-    batch_sizes: Tensor
+    steps: Steps
 
     def forward(
         self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
     ) -> tuple[LayerOutput, list[Tensor | None]]:
         """See :class:`fastrnn.recurrence.Path`."""
-        output, states = fused_forward(self.call, self.batch_sizes, rows, h_0, c_0, flat, save=save)
+        output, states = fused_forward(self.call, self.steps, rows, h_0, c_0, flat, save=save)
         h = output.h
         if self.call.cell_states and states.c is not None:
             output = output._replace(c=states.c.flatten(1))
@@ -362,13 +356,13 @@ class Fused(NamedTuple):
         """See :class:`fastrnn.recurrence.Path`."""
         h, *states = saved
         inputs = (rows, h_0, c_0, flat, h, States(*states), needs)
-        return fused_backward(self.call, grads, self.batch_sizes, *inputs)
+        return fused_backward(self.call, grads, self.steps, *inputs)
 
     def composite(
         self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
     ) -> LayerOutput:
         """See :class:`fastrnn.recurrence.Path`."""
-        call, count = self.call.steps(self.batch_sizes), rows.shape[0]
+        call, count = self.call.of_loop(self.steps), rows.shape[0]
         output = run_composite(call, rows[: sum(call.sizes)], h_0, c_0, flat)
         c = None if output.c is None else pad_rows(output.c, count)
         return output._replace(h=pad_rows(output.h, count), c=c)

@@ -18,7 +18,7 @@ from fastrnn.arrange import Work
 from fastrnn.backends import on_kernels
 from fastrnn.forms import into_rectangles, out_of_rectangles
 from fastrnn.fused import FusedCall, fused_backward, fused_forward
-from fastrnn.packing import cut_rows
+from fastrnn.packing import Steps, cut_rows, steps_of
 from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
     LayerOutput,
@@ -56,7 +56,7 @@ def lstm_layer_op(
     with outside_autocast(rows.device):
         if on_kernels(backend):
             fused = FusedCall(h_0.shape[0], bias, cell_states, keep, backend)
-            output, states = fused_forward(fused, batch_sizes, *inputs, save=save)
+            output, states = fused_forward(fused, _steps(batch_sizes, rows), *inputs, save=save)
         else:
             shape = (host_sizes(batch_sizes), h_0.shape[0], bias, projection, cell_states)
             call = Call(*shape, keep)
@@ -90,6 +90,10 @@ def infer(
         return None
     output = run_rectangles(layout, into_rectangles(rows, layout), h_0, c_0, call.unflatten(flat))
     return output._replace(h=pad_rows(out_of_rectangles(output.h, layout), rows.shape[0]))
+
+
+def _steps(batch_sizes: Tensor, rows: Tensor) -> Steps:
+    return steps_of(batch_sizes.to(rows.device, non_blocking=True))
 
 
 def _memory(name: str) -> Memory:
@@ -161,7 +165,7 @@ def lstm_layer_backward_op(
     with outside_autocast(rows.device):
         if on_kernels(backend):
             fused = FusedCall(directions, bias, cell_states, keep, backend)
-            found = fused_backward(fused, grads, batch_sizes, *inputs)
+            found = fused_backward(fused, grads, _steps(batch_sizes, rows), *inputs)
         else:
             shape = (host_sizes(batch_sizes), directions, bias, projection, cell_states)
             found = steps_backward(Call(*shape, keep), grads, *inputs)

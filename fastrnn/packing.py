@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -91,6 +91,23 @@ class Layout:
         return torch.stack([states.index_select(0, leaves) for states, leaves in directions])
 
 
+class Steps(NamedTuple):
+    """Which rows are whose: step t owns ``offsets[t]`` and the ``sizes[t] - 1`` that follow.
+
+    Attributes:
+        sizes: ``[steps]`` int64, sequences active at each step, never growing.
+        offsets: ``[steps]`` int64, the first row of each.
+    """
+
+    sizes: Tensor
+    offsets: Tensor
+
+
+def steps_of(batch_sizes: Tensor) -> Steps:
+    """The steps of ``batch_sizes``, on its device."""
+    return Steps(batch_sizes, batch_sizes.cumsum(0) - batch_sizes)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedLayout(Layout):
     """Rows are valid steps: which step of the input each is, and where states enter and leave.
@@ -115,8 +132,15 @@ class PackedLayout(Layout):
     enters: Tensor | None = None
     leaves: Tensor | None = None
     exact: bool = True
+    _steps: dict[torch.device, Steps] = field(default_factory=dict, init=False, repr=False)
 
-    def steps_on(self, device: torch.device) -> Tensor:
+    def steps_on(self, device: torch.device) -> Steps:
+        """The steps on the device, put there once for all layers."""
+        if device not in self._steps:
+            self._steps[device] = steps_of(self._sizes_on(device))
+        return self._steps[device]
+
+    def _sizes_on(self, device: torch.device) -> Tensor:
         """``batch_sizes`` on the device; a dense batch's are made there, not copied."""
         if self.batch_sizes.device == device:
             return self.batch_sizes

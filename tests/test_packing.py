@@ -497,3 +497,17 @@ def test_lengths_are_not_changed():
     before = lengths.clone()
     ragged_layout(form_4_6, lengths)
     assert torch.equal(lengths, before)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [dense_layout(3, 4), PackedLayout(6, 3, torch.tensor([3, 2, 1]))],
+    ids=["dense", "ragged"],
+)
+def test_the_steps_are_put_on_a_device_once(layout):
+    meta = layout.steps_on(torch.device("meta"))
+    assert {part.device.type for part in meta} == {"meta"}
+    assert layout.steps_on(torch.device("meta")) is meta
+    sizes, offsets = layout.steps_on(torch.device("cpu"))
+    assert torch.equal(sizes, layout.batch_sizes)
+    assert offsets.tolist() == [sum(sizes[:step].tolist()) for step in range(3)]

@@ -180,9 +180,9 @@ def test_padding_changes_nothing(bounded: bool) -> None:
 def _bounded() -> Iterator[None]:
     """Layouts as they are where the lengths are on the device: without knowing them."""
 
-    def layout(*arguments, cut):
+    def layout(*arguments, **options):
         with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
-            return ragged_layout(*arguments, cut=cut)
+            return ragged_layout(*arguments, **options)
 
     with mock.patch("fastrnn.arrange.ragged_layout", layout):
         yield
