@@ -75,7 +75,12 @@ CPU_SECTIONS = {
         "Resets inside sequences",
         "full length; state zeroed before a step with probability 0.05; against the usual loops",
         ("fastrnn", *LOOPS),
-        (Target(LOOPS, worst=5.0, mode="training"), Target(LOOPS, mode="inference")),
+        (
+            Target(LOOPS, worst=5.0, mode="training"),
+            Target(("lstm-loop",), mode="training"),
+            Target(LOOPS, mode="inference"),
+            Target(("lstm-loop",), mode="inference"),
+        ),
     ),
     "memory": Section(
         "Peak memory of a training step, ragged batches",

@@ -376,8 +376,8 @@ def test_target_is_missed_by_one_case_below_the_worst() -> None:
     assert verdicts(cases)[0].worst == 9.0
 
 
-def test_resets_are_compared_with_the_faster_loop() -> None:
-    training, inference = verdicts(
+def test_resets_are_compared_with_the_faster_loop_and_the_usual_one() -> None:
+    training, usual, inference, _ = verdicts(
         [
             _case("resets", {"lstm-loop": 9.0, "cell-loop": 4.0}),
             _case("resets", {"lstm-loop": 2.0, "cell-loop": 3.0}, "inference"),
@@ -385,6 +385,7 @@ def test_resets_are_compared_with_the_faster_loop() -> None:
     )
     assert training.target == Target(LOOPS, worst=5.0, mode="training")
     assert (training.worst, training.met) == (4.0, False)
+    assert (usual.worst, usual.met) == (9.0, None)
     assert (inference.worst, inference.met) == (2.0, None)
 
 
