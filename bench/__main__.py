@@ -14,7 +14,7 @@ if importlib.util.find_spec("rich") is None:
 import torch
 from rich.console import Console
 
-from bench import clip, compare, cpu, gpu, lstm, report, results_file
+from bench import clip, compare, costs, cpu, gpu, lstm, report, results_file
 from bench.measure import CLOCKS
 from bench.runner import Limits
 from bench.workloads import Shape
@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--skip-tests", action="store_true", help="benchmarks only")
     add("--toy", action="store_true", help=_TOY_HELP)
+
+    costs_parser = command("costs", _costs, "fit the models behind the CPU's choice of path")
+    add = costs_parser.add_argument
+    add("--threads", default="1,2", metavar="N,M", help="thread settings (default: 1,2)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the LSTM (default: fp32)")
+    add("--shape", action="append", default=[], type=_shape, metavar="B,T,I,H", help=_SHAPE_HELP)
 
     roofline_parser = command("roofline", _roofline, "the least time that a GPU could take")
     add = roofline_parser.add_argument
@@ -237,6 +243,15 @@ def _gpu(arguments: argparse.Namespace) -> int:
         toy=arguments.toy,
     )
     return gpu.run(plan, _console())
+
+
+def _costs(arguments: argparse.Namespace) -> int:
+    options = costs.Options(
+        cpu.threads_from(arguments.threads),
+        _DTYPES[arguments.dtype],
+        tuple(arguments.shape) or costs.SHAPES,
+    )
+    return costs.run(options, _console())
 
 
 def _roofline(arguments: argparse.Namespace) -> int:

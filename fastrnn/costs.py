@@ -1,11 +1,11 @@
 """What a layer costs on the CPU, by path: the models behind the choice between them.
 
-Seconds, linear in pieces (rectangles, or steps), in rows, and in the weights. Fitted on
-one and on two threads with torch 2.13 to ragged batches of (I, H) from (12, 64) to (256, 512), B
-from 4 to 128 and T from 29 to 400: on an AMD EPYC (Zen 3) for AVX2, in whose place they stand for
-all that has no fit of its own, and on an Intel Xeon (Sapphire Rapids) for AVX-512, and for bfloat16
-there. To a tenth in the mean. Only ratios matter: between the paths, and between one more call and
-some more rows.
+Seconds, linear in pieces (rectangles, or steps), in rows, and in the weights; fitted by ``python -m
+bench costs`` on one and on two threads with torch 2.13, to ragged batches of (I, H) from (12, 64)
+to (256, 512), B from 4 to 128 and T from 29 to 200. AVX2: an AMD EPYC (Zen 3), in earlier forms
+of the models; these also stand for processors without a fit of their own. AVX512, and bfloat16
+there: an Intel Xeon (Sapphire Rapids). A tenth off in the mean. Only ratios matter: between the
+paths, and between one more call and some more rows.
 
 W below is a direction's weights, 4H (I + H).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 
@@ -39,6 +39,7 @@ class LayerCosts(NamedTuple):
 
 
 Path: TypeAlias = Literal["rectangles", "padded", "loop"]
+PATHS: tuple[Path, ...] = get_args(Path)
 # Of layer, call and row: a + b W as (a, b); on one thread, and on two.
 _Fit: TypeAlias = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 _FITS: dict[tuple[str, Path, bool], tuple[_Fit, _Fit]] = {

@@ -579,9 +579,11 @@ def _staircase(lengths: Sequence[int]) -> list[int]:
     Of those numbers it gives the lengths again, without the zeros.
     """
     sizes: list[int] = []
-    alive = len(lengths)
+    alive, steps = len(lengths), 0
     for length in reversed(lengths):
-        sizes.extend([alive] * (length - len(sizes)))
+        if length > steps:
+            sizes += [alive] * (length - steps)
+            steps = length
         alive -= 1
     return sizes
 

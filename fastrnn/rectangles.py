@@ -103,6 +103,7 @@ def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:
     return Plan(tuple(reversed(rectangles)), cost.layer + best[-1])
 
 
+@functools.lru_cache(maxsize=4096)
 def _rounded(size: int, most: int) -> int:
     """``size`` rounded up to a width that other batches have too."""
     grain = 1 << max(0, size.bit_length() - 1 - FINENESS)

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from fastrnn import costs
-from fastrnn.costs import layer_costs, step_loop_seconds, worth_padding
+from fastrnn.costs import PATHS, layer_costs, step_loop_seconds, worth_padding
 
 PROCESSORS = {"AVX2": "AVX2", "AVX512": "AVX512", "another": "NEON"}
 every_processor = pytest.mark.parametrize(
     "capability", PROCESSORS.values(), ids=PROCESSORS, indirect=True
 )
 every_mode = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-PATHS = "rectangles", "padded", "loop"
 
 
 @pytest.fixture
