@@ -35,6 +35,7 @@ from fastrnn.packing import Rectangle, RectangleLayout
 from fastrnn.recurrence import (
     LayerOutput,
     OutputGradients,
+    columns,
     flatten_weights,
     layer_gradients,
     layer_output,
@@ -247,15 +248,15 @@ class InRectangles(NamedTuple):
         """See :class:`fastrnn.recurrence.Path`."""
         layout, dtype = self.layout, rows.dtype
         rows, h_0, c_0, *flat = onednn.to_compute(rows, h_0, c_0, *flat)
-        runs = []
+        results = []
         for index, direction in enumerate(
             unflatten_weights(flat, h_0.shape[0], bias=self.bias, projection=False)
         ):
             x = _input(rows, layout, reverse=index == 1)
-            run = _forward(x, layout, direction, h_0[index], c_0[index], save)
-            runs.append(run._replace(h=_in_order(run.h, layout, reverse=index == 1)))
-        output = layer_output(runs, dtype)
-        return output, [output.h, *(tensor for run in runs for tensor in run.saved)]
+            result = _forward(x, layout, direction, h_0[index], c_0[index], save)
+            results.append(result._replace(h=_in_order(result.h, layout, reverse=index == 1)))
+        output = layer_output(results, dtype)
+        return output, [output.h, *(tensor for result in results for tensor in result.saved)]
 
     def backward(
         self,
@@ -279,11 +280,11 @@ class InRectangles(NamedTuple):
         results = []
         for index, direction in enumerate(weights):
             reverse = index == 1
-            own_h = _in_order(_columns(h, index, width), layout, reverse=reverse)
+            own_h = _in_order(columns(h, index, width), layout, reverse=reverse)
             if grads.h is None:
                 d_h = own_h.new_zeros(own_h.shape)
             else:
-                d_h = _in_order(_columns(grads.h, index, width), layout, reverse=reverse)
+                d_h = _in_order(columns(grads.h, index, width), layout, reverse=reverse)
             if grads.h_n is not None:
                 d_h = d_h.index_add(0, layout.last, grads.h_n[index, :active])
             result = _backward(
@@ -312,11 +313,6 @@ class InRectangles(NamedTuple):
         output = run_composite(call, rows.index_select(0, valid), h_0, c_0, flat)
         h = output.h.new_zeros(rows.shape[0], output.h.shape[1]).index_copy(0, valid, output.h)
         return output._replace(h=h)
-
-
-def _columns(states: Tensor, index: int, width: int) -> Tensor:
-    """A direction's part of ``[N, D * H]``."""
-    return states[:, index * width : (index + 1) * width]
 
 
 def run_rectangles(

@@ -2,8 +2,8 @@
 
 A :class:`Path` computes a layer and its gradients without autograd; :class:`LSTMRecurrence`, the
 ``torch.autograd.Function``, makes any of them differentiable. The paths are those of step_loop.py,
-rectangles.py, padded.py and fused.py. A backward that is itself differentiated goes through
-differentiable operations.
+rectangles.py and fused.py; what padded.py and dense.py call, torch differentiates. A backward that
+is itself differentiated goes through differentiable operations.
 
 16-bit inputs are computed in float32 and rounded once, at the output, where a path does not say
 otherwise.
@@ -70,6 +70,11 @@ def side_by_side(states: Tensor | Sequence[Tensor]) -> Tensor:
     """``[D, N, F]`` to ``[N, D * F]``."""
     parts = list(states)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def columns(states: Tensor, index: int, width: int) -> Tensor:
+    """A direction's part of ``[N, D * F]``."""
+    return states[:, index * width : (index + 1) * width]
 
 
 class OutputGradients(NamedTuple):

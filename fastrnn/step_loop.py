@@ -18,6 +18,7 @@ from fastrnn.recurrence import (
     LayerOutput,
     Memory,
     OutputGradients,
+    columns,
     layer_gradients,
     layer_output,
     pad_rows,
@@ -107,23 +108,18 @@ def run_backward(
     for index, (weights, run) in enumerate(zip(by_direction, directions, strict=True)):
         assert run.c is not None
         result = reference.lstm_backward(
-            _columns(grads.h, index, size_h),
+            None if grads.h is None else columns(grads.h, index, size_h),
             None if grads.h_n is None else grads.h_n[index],
             None if grads.c_n is None else grads.c_n[index],
-            _columns(grads.c, index, hidden_size),
+            None if grads.c is None else columns(grads.c, index, hidden_size),
             *(rows, call.sizes, weights, h_0[index], c_0[index]),
-            *(h[:, index * size_h : (index + 1) * size_h], run.c, run.saved),
+            *(columns(h, index, size_h), run.c, run.saved),
             reverse=index == 1,
             needs_rows=needs[0],
             needs_weights=_layer_needs(needs[3 + index * each :][:each], call),
         )
         results.append(result)
     return layer_gradients(results, by_direction, dtype, needs)
-
-
-def _columns(states: Tensor | None, index: int, width: int) -> Tensor | None:
-    """A direction's part of ``[N, D * F]``."""
-    return None if states is None else states[:, index * width : (index + 1) * width]
 
 
 def _layer_needs(needs: Sequence[bool], call: Call) -> list[bool]:
