@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from unittest import mock
 
 import torch
@@ -41,6 +41,7 @@ SHAPES = (
     *(Shape(96, 60, 64, 128), Shape(64, 120, 128, 256), Shape(16, 150, 64, 256)),
     *(Shape(8, 150, 256, 512), Shape(16, 200, 256, 512)),
 )
+AnyLayout: TypeAlias = Layout | PaddedLayout
 # What a call is made to cost, so that there are few rectangles and many.
 CALL_FACTORS = (100.0, 1.0, 0.15)
 LARGE = 256  # from so many hidden units on fewer batches and repetitions do
@@ -152,19 +153,19 @@ def measure(
 class _Arrangement:
     """Stands in for fastrnn.arrange.arrange; keeps the layout it made last."""
 
-    def __init__(self, make: Callable[[Any, Tensor], Layout]) -> None:
+    def __init__(self, make: Callable[[Any, Tensor], AnyLayout]) -> None:
         self.make = make
-        self.layout: Layout = PackedLayout(0, 0, torch.zeros(0, dtype=torch.int64))
+        self.layout: AnyLayout = PackedLayout(0, 0, torch.zeros(0, dtype=torch.int64))
 
-    def __call__(self, form: Any, lengths: Tensor, *_: Any, **__: Any) -> Layout:
+    def __call__(self, form: Any, lengths: Tensor, *_: Any, **__: Any) -> AnyLayout:
         self.layout = self.make(form, lengths)
         return self.layout
 
 
 def _arrangements(path: costs.Path, shape: Shape, train: bool) -> list[_Arrangement]:
-    def padded(form: Any, lengths: Tensor) -> Layout:
+    def padded(form: Any, lengths: Tensor) -> AnyLayout:
         checked = check_lengths(lengths, form.batch, form.steps, exact=True)
-        return padded_layout(form.steps, form.batch, checked)
+        return padded_layout(form, checked)
 
     if path == "padded":
         return [_Arrangement(padded)]
@@ -174,7 +175,7 @@ def _arrangements(path: costs.Path, shape: Shape, train: bool) -> list[_Arrangem
         path, shape.input_size, shape.hidden_size, train=train, threads=torch.get_num_threads()
     )
 
-    def cut_by(call: float) -> Callable[[Any, Tensor], Layout]:
+    def cut_by(call: float) -> Callable[[Any, Tensor], AnyLayout]:
         priced = cost._replace(call=call)
         return lambda form, lengths: ragged_layout(
             form, lengths, cut=lambda sizes: plan(sizes, priced).rectangles
@@ -194,13 +195,13 @@ def _seconds(provider: Provider, batch: Batch, times: int) -> float:
     return statistics.mean((first, min(others)))
 
 
-def _extent(layout: Layout, shape: Shape) -> tuple[float, float]:
+def _extent(layout: AnyLayout, shape: Shape) -> tuple[float, float]:
     """Pieces and rows."""
     if isinstance(layout, RectangleLayout):
         rows = sum((last - first) * (width + 0.5) for first, last, width in layout.rectangles)
         return len(layout.rectangles), rows
     if isinstance(layout, PaddedLayout):
-        return shape.steps, layout.rows
+        return shape.steps, shape.batch * shape.steps
     assert isinstance(layout, PackedLayout)
     return layout.batch_sizes.shape[0], layout.rows
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrnn import costs
 from fastrnn.forms import Form, Packed, Padded
-from fastrnn.packing import Layout, Lengths, Rectangle, ragged_layout
+from fastrnn.packing import Layout, Lengths, PaddedLayout, Rectangle, ragged_layout
 from fastrnn.rectangles import plan
 
 
@@ -68,7 +68,7 @@ def arrange(
     work: Work | None,
     *,
     may_pad: bool = False,
-) -> Layout:
+) -> Layout | PaddedLayout:
     """The layout of a batch.
 
     Args:

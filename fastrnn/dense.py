@@ -1,5 +1,7 @@
 """A dense batch, every sequence with all T steps: one call of torch's own LSTM for all layers.
 
+Or for one layer, where the batch comes as rows.
+
 torch differentiates the call, and its backward too, so double backward needs nothing here.
 
 Limits: those of onednn.py.
@@ -7,12 +9,15 @@ Limits: those of onednn.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrnn import onednn
+from fastrnn.recurrence import LayerOutput, flatten_weights
+from fastrnn.reference import LayerWeights
 
 
 class DenseOutput(NamedTuple):
@@ -75,3 +80,30 @@ def run_dense(
         h_0 = c_0 = x.new_zeros(states, batch, flat[1].shape[1])
     settings = (bias, num_layers, dropout, dropout > 0, bidirectional, batch_first)
     return DenseOutput(*torch.lstm(x, (h_0, c_0), flat, *settings))
+
+
+def run_dense_rows(
+    rows: Tensor, sequences: int, weights: Sequence[LayerWeights], h_0: Tensor, c_0: Tensor
+) -> LayerOutput:
+    """All directions of one layer over the rows of a dense batch.
+
+    Args:
+        rows: ``[T * S, I]``, time-major, not empty; 16-bit ones are computed as onednn.py says.
+        sequences: S.
+        weights: of each direction, without projections.
+        h_0: ``[D, S, H]``.
+        c_0: ``[D, S, H]``.
+    """
+    dtype, wide = rows.dtype, onednn.compute_dtype(rows.dtype)
+    output, h_n, c_n = run_dense(
+        rows.to(wide).reshape(-1, sequences, rows.shape[1]),
+        [weight.to(wide).contiguous() for weight in flatten_weights(weights)],
+        h_0.to(wide).contiguous(),
+        c_0.to(wide).contiguous(),
+        num_layers=1,
+        bias=weights[0].bias_ih is not None,
+        bidirectional=len(weights) == 2,
+        batch_first=False,
+        dropout=0.0,
+    )
+    return LayerOutput(output.flatten(0, 1).to(dtype), h_n.to(dtype), c_n.to(dtype), None)

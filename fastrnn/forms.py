@@ -198,7 +198,9 @@ class Jagged:
 
     def layout(self, cut: Cut | None = None) -> Layout:
         """The layout of its own lengths."""
-        return ragged_layout(self, cut=cut)
+        layout = ragged_layout(self, cut=cut)
+        assert isinstance(layout, Layout)
+        return layout
 
     def own_lengths(self) -> Tensor:
         """``[B]``."""

@@ -6,7 +6,7 @@ In this order:
 - under functorch transforms or forward-mode derivatives: the differentiable step loop;
 - on a GPU that has them: the Triton kernels, fused.py, and widening.py for some hidden sizes;
 - where the rows are those of rectangles: rectangles.py;
-- where they are those of the padded batch, or every sequence has all steps: padded.py;
+- where every sequence has all steps: dense.py;
 - else step_loop.py.
 """
 
@@ -20,10 +20,10 @@ from torch.autograd import forward_ad
 
 from fastrnn import onednn
 from fastrnn.backends import on_kernels
+from fastrnn.dense import run_dense_rows
 from fastrnn.fused import Fused, FusedCall
 from fastrnn.operators import lstm_layer_op
-from fastrnn.packing import Layout, PackedLayout, PaddedLayout, RectangleLayout
-from fastrnn.padded import run_padded
+from fastrnn.packing import Layout, PackedLayout, RectangleLayout
 from fastrnn.rectangles import run_rectangles
 from fastrnn.recurrence import (
     LayerOutput,
@@ -68,9 +68,6 @@ def lstm_layer(
     if isinstance(layout, RectangleLayout):
         with outside_autocast(rows.device):
             return run_rectangles(layout, rows, h_0, c_0, weights)
-    if isinstance(layout, PaddedLayout):
-        with outside_autocast(rows.device):
-            return run_padded(rows, layout, weights, h_0, c_0)
     assert isinstance(layout, PackedLayout)
     compiling, hidden_size = torch.compiler.is_compiling(), weights[0].hidden_size
     composite = not compiling and needs_composite(rows, h_0, c_0, *flatten_weights(weights))
@@ -114,8 +111,7 @@ def lstm_layer(
                 projection=projection,
             )
         ):
-            dense = PaddedLayout(rows.shape[0], layout.sequences)
-            output = run_padded(rows, dense, weights, h_0, c_0)
+            output = run_dense_rows(rows, layout.sequences, weights, h_0, c_0)
         else:
             output = run(StepLoop(call), rows, h_0, c_0, flat, needs_grad=needs_grad)
     if layout.exact:

@@ -14,8 +14,9 @@ from fastrnn.arrange import Work, arrange
 from fastrnn.backends import Backend, check_backend, resolve_backend
 from fastrnn.dense import can_run_dense, run_dense
 from fastrnn.forms import Form, Jagged, Packed, Padded
-from fastrnn.packing import Lengths
-from fastrnn.recurrence import Memory, autocast_dtype, unflatten_weights
+from fastrnn.packing import Lengths, PaddedLayout
+from fastrnn.padded import run_padded
+from fastrnn.recurrence import Memory, autocast_dtype, outside_autocast, unflatten_weights
 from fastrnn.reference import LayerWeights
 from fastrnn.stack import run_stack
 
@@ -194,10 +195,20 @@ class LSTM(nn.RNNBase):
             work = Work(self.input_size, self.hidden_size, needs_grad, onednn.compute_dtype(dtype))
         may_pad = not (self.bidirectional and hx is not None)  # see padded.py
         layout = arrange(form, lengths, mask, resets, work, may_pad=may_pad)
+        layers = self._layers(flat, dtype)
+        if isinstance(layout, PaddedLayout):
+            assert isinstance(form, Padded)
+            with outside_autocast(form.device):
+                padded = run_padded(
+                    *(form.x, layout, layers, h_0, c_0),
+                    batch_first=self.batch_first,
+                    dropout=dropout,
+                )
+            return self._as_given(unbatched, (padded.h_n, padded.c_n), [padded.output])
         result = run_stack(
             form.rows(layout).to(dtype),
             layout,
-            self._layers(flat, dtype),
+            layers,
             h_0,
             c_0,
             dropout=dropout,

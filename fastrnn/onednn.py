@@ -130,8 +130,7 @@ def operands(weights: LayerWeights, *, carry: bool) -> Operands:
     """The operator takes strided tensors for contiguous ones and computes something else."""
     ih, hh = weights.ih.contiguous(), weights.hh.contiguous()
     if carry:
-        column = _carry_column(weights.hidden_size, ih.dtype)
-        ih = torch.cat([ih, column.expand(-1, _carry_columns(ih))], 1)
+        ih = with_carry_weights(ih)
     if weights.bias_ih is None or weights.bias_hh is None:
         zeros = ih.new_zeros(ih.shape[0])
         return Operands(ih, hh, zeros, zeros)
@@ -141,6 +140,12 @@ def operands(weights: LayerWeights, *, carry: bool) -> Operands:
 def with_carry(rows: Tensor, carry: Tensor) -> Tensor:
     """Rows ``[N, I]`` with the carry feature; ``carry`` is ``[N, 1]``, 1 where a row is padding."""
     return torch.cat([rows, carry.to(rows.dtype).expand(-1, _carry_columns(rows))], 1)
+
+
+def with_carry_weights(ih: Tensor) -> Tensor:
+    """``W_ih``, ``[4H, I]``, with the weights of the carry feature."""
+    column = _carry_column(ih.shape[0] // 4, ih.dtype)
+    return torch.cat([ih, column.expand(-1, _carry_columns(ih))], 1)
 
 
 def _carry_columns(features: Tensor) -> int:

@@ -7,8 +7,8 @@ so everything behind this module sees one form.
 
 Where oneDNN will run them the rows are a little more. A :class:`RectangleLayout` has those of
 :class:`Rectangle` after rectangle, each a dense batch of its own, with padding at its sequences'
-ends; the valid rows among them are in the same order. A :class:`PaddedLayout` has all that the
-padded batch has.
+ends; the valid rows among them are in the same order. A :class:`PaddedLayout` has no rows: the
+padded batch stays as it is.
 
 Notation: B batch, T steps of the input, S sequences of the layout (B, or more when resets cut a
 sequence into segments), N rows, D directions.
@@ -23,6 +23,7 @@ Limits: a layout is built anew at every call (0.1 to 0.2 ms); it knows nothing o
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -150,31 +151,18 @@ class PackedLayout(Layout):
         return self.batch_sizes.to(device, non_blocking=True)
 
 
-@dataclass(frozen=True, eq=False)
-class PaddedLayout(Layout):
-    """Rows are all steps of a padded batch on the CPU as it stands, T * B of them, time-major.
+class PaddedLayout(NamedTuple):
+    """A padded batch on the CPU that stays as it is, its steps in the order of the input.
 
     Attributes:
-        rows: N = T * B.
-        sequences: B.
-        padding: int64, the rows that are padding. None: none is.
-        carry: ``[N, 1]`` float32, 1 where a row is padding: the carry feature of onednn.py.
-        last: ``[B]`` int64, the row of each sequence's last valid step.
-        gather: None, as the next three: the identity.
-        owner: see above.
-        enters: see above.
-        leaves: see above.
+        padding: int64, the steps of the flattened input that are padding. None: none is.
+        carry: ``[entries, 1]`` float32, 1 where a step is padding: the carry feature of onednn.py.
+        last: ``[B]`` int64, the place of each sequence's last valid step.
     """
 
-    rows: int
-    sequences: int
     padding: Tensor | None = None
     carry: Tensor | None = None
     last: Tensor | None = None
-    gather: None = None
-    owner: None = None
-    enters: None = None
-    leaves: None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,20 +290,30 @@ def dense_layout(steps: int, batch: int, device: torch.device | str = "cpu") -> 
     return PackedLayout(steps * batch, batch, sizes)
 
 
-def padded_layout(steps: int, batch: int, lengths: Tensor) -> PaddedLayout:
-    """The layout of a padded batch that is not worth packing: its padding stays among the rows.
+def padded_layout(form: Addressing, lengths: Tensor) -> PaddedLayout:
+    """The layout of a padded batch that is not worth packing.
 
     Args:
-        steps: T.
-        batch: B.
+        form: the input's form.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    empty = (torch.arange(steps, device="cpu").unsqueeze(1) >= lengths).view(-1, 1)
+    if form.time_major:
+        empty = _range(form.steps).unsqueeze(1) >= lengths
+    else:
+        empty = _range(form.steps) >= lengths.unsqueeze(1)
+    empty = empty.view(-1, 1)
     padding = empty.nonzero()[:, 0]
     if not padding.shape[0]:
-        return PaddedLayout(steps * batch, batch)
-    last = torch.add(torch.arange(batch, device="cpu"), lengths - 1, alpha=batch)
-    return PaddedLayout(steps * batch, batch, padding, empty.to(torch.float32), last)
+        return PaddedLayout()
+    last = form.flat_index(lengths - 1, _range(form.batch))
+    return PaddedLayout(padding, empty.to(torch.float32), last)
+
+
+@functools.lru_cache(maxsize=64)
+def _range(count: int) -> Tensor:
+    """0, 1, ..., for batches of sizes that come again; not to be written to."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device="cpu")
 
 
 def ragged_layout(
@@ -360,7 +358,7 @@ def ragged_layout(
         if pad is not None and exact and mask is None and resets is None:
             values = own.tolist()
             if values and min(values) > 0 and pad(steps * batch, values):
-                return padded_layout(steps, batch, own)
+                return padded_layout(form, own)
     if own is None:
         valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
     else:
@@ -649,7 +647,8 @@ def check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tens
         raise ValueError(
             f"lengths must have shape [{batch}] (one per sequence), got {list(lengths.shape)}"
         )
-    lengths = lengths.detach().to(torch.int64)
+    if lengths.dtype != torch.int64:
+        lengths = lengths.to(torch.int64)
     if exact:
         on_host = lengths.tolist()
         if on_host and min(on_host) < 0:

@@ -2,7 +2,7 @@
 
 A :class:`Path` computes a layer and its gradients without autograd; :class:`LSTMRecurrence`, the
 ``torch.autograd.Function``, makes any of them differentiable. The paths are those of step_loop.py,
-rectangles.py and fused.py; what padded.py and dense.py call, torch differentiates. A backward that
+rectangles.py and fused.py; what dense.py and padded.py call, torch differentiates. A backward that
 is itself differentiated goes through differentiable operations.
 
 16-bit inputs are computed in float32 and rounded once, at the output, where a path does not say

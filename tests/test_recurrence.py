@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import costs, layer, rectangles, reference
+from fastrnn import lstm as lstm_module
 from tests.oracle import (
     PATHS,
     answer,
@@ -61,11 +62,13 @@ def calls():
 
     loop = counted("loop", reference.lstm_forward)
     rects = counted("rectangles", rectangles._forward)
-    padded = counted("padded", layer.run_padded)
+    padded = counted("padded", lstm_module.run_padded)
+    rows = counted("padded", layer.run_dense_rows)
     with (
         mock.patch.object(reference, "lstm_forward", loop),
         mock.patch.object(rectangles, "_forward", rects),
-        mock.patch.object(layer, "run_padded", padded),
+        mock.patch.object(lstm_module, "run_padded", padded),
+        mock.patch.object(layer, "run_dense_rows", rows),
     ):
         yield seen
 
