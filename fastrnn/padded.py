@@ -76,7 +76,10 @@ def run_padded(
             dropout=0.0,
         )
         if padding is not None and layout.last is not None:
-            rows = output.reshape(-1, output.shape[2]).index_fill(0, padding, 0.0)
+            rows = output.reshape(-1, output.shape[2])
+            # Backward needs what oneDNN returned; where that lay otherwise, this is a copy already.
+            kept = output.requires_grad and output.is_contiguous()
+            rows = (rows.index_fill if kept else rows.index_fill_)(0, padding, 0.0)
             output = rows.view(output.shape)
             # The last step may be padding; the reverse direction's is the first.
             own = rows.index_select(0, layout.last)[:, : weights[0].hidden_size].unsqueeze(0)
