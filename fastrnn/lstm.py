@@ -286,10 +286,11 @@ class LSTM(nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         """All weights, read anew at every call."""
-        found = []
-        for name in self._flat_weights_names:
-            weight = self._parameters.get(name)  # which getattr finds by way of a failure
-            found.append(getattr(self, name) if weight is None else weight)
+        return [self._weight(name) for name in self._flat_weights_names]
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self._parameters.get(name)  # which getattr finds by way of a failure
+        found: Tensor = getattr(self, name) if weight is None else weight
         return found
 
     def _layers(self, flat: Sequence[Tensor], dtype: torch.dtype) -> list[list[LayerWeights]]:
@@ -311,7 +312,7 @@ class LSTM(nn.RNNBase):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse an input of the wrong dtype, rank or width, in torch's words."""
-        weight = getattr(self, self._flat_weights_names[0])
+        weight = self._weight(self._flat_weights_names[0])
         if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "

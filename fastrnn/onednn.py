@@ -68,6 +68,8 @@ def multiplies_bfloat16() -> bool:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that rows of ``dtype`` are computed in, but for cell states."""
+    if dtype == torch.float32:
+        return dtype
     if dtype == torch.bfloat16 and multiplies_bfloat16():
         return dtype
     return reference.compute_dtype(dtype)
@@ -94,7 +96,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
         device.type == "cpu"
         and dtype in (torch.float32, torch.bfloat16)
         and compute_dtype(dtype) == dtype
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and torch._C._get_mkldnn_enabled()
     )
 
