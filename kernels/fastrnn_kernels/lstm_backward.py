@@ -155,7 +155,11 @@ def lstm_backward_kernel(
             )
             weight = weight + (block,)
 
-    for batch_tile in range(tl.program_id(1), num_batch_tiles, tl.num_programs(1)):
+    # What a batch tile needs is computed within it: kept from tile to tile it would hold registers
+    # throughout the loop over steps, which spills.
+    for batch_tile in tl.range(
+        tl.program_id(1), num_batch_tiles, tl.num_programs(1), disable_licm=True
+    ):
         first_row = batch_tile * BLOCK_B
         rows = first_row + tile_rows
         steps = count_steps(batch_sizes_ptr, T, first_row)
@@ -282,9 +286,14 @@ def lstm_backward_kernel(
             is_active = next_is_active
             next_is_active = after_is_active
 
+        # Written otherwise than before the loop over steps, or the compiler would recognise the
+        # addresses and keep them in registers throughout.
+        last_rows = (direction.to(tl.int64) * S + rows)[:, None]
+        last_offsets = last_rows * H + units[None, :]
+        last_mask = (rows < S)[:, None] & (units < H)[None, :]
         state_dtype = d_h_0_ptr.dtype.element_ty
-        tl.store(d_h_0_ptr + state_start + state_offsets, d_h.to(state_dtype), mask=state_mask)
-        tl.store(d_c_0_ptr + state_start + state_offsets, d_c.to(state_dtype), mask=state_mask)
+        tl.store(d_h_0_ptr + last_offsets, d_h.to(state_dtype), mask=last_mask)
+        tl.store(d_c_0_ptr + last_offsets, d_c.to(state_dtype), mask=last_mask)
 
     # N may exceed the number of valid rows; matrix products over all rows follow, so the rest is
     # zero.

@@ -158,7 +158,11 @@ def lstm_forward_kernel(
             )
             weight = weight + (block,)
 
-    for batch_tile in range(tl.program_id(1), num_batch_tiles, tl.num_programs(1)):
+    # What a batch tile needs is computed within it: kept from tile to tile it would hold registers
+    # throughout the loop over steps, which spills.
+    for batch_tile in tl.range(
+        tl.program_id(1), num_batch_tiles, tl.num_programs(1), disable_licm=True
+    ):
         first_row = batch_tile * BLOCK_B
         rows = first_row + tile_rows
         steps = count_steps(batch_sizes_ptr, T, first_row)
@@ -186,9 +190,11 @@ def lstm_forward_kernel(
         active, row = rows_of_step(batch_sizes_ptr, offsets_ptr, step, steps)
         step += direction_sign
         next_active, next_row = rows_of_step(batch_sizes_ptr, offsets_ptr, step, steps)
-        is_active = (rows < active)[:, None] & in_units
+        # By rows alone from step to step, as in the backward kernel.
+        is_active = (rows < active)[:, None]
+        mask = is_active & in_units
         x_i, x_f, x_g, x_o = load_gates(
-            gates_x_ptr, row + first_row, D * 4 * H, gate_offsets, is_active, H
+            gates_x_ptr, row + first_row, D * 4 * H, gate_offsets, mask, H
         )
 
         if RESIDENCY != "whole":
@@ -197,9 +203,10 @@ def lstm_forward_kernel(
 
         for iteration in tl.range(steps, disable_licm=True):
             # Between arrival and wait: fetch what the next step will need.
-            next_is_active = (rows < next_active)[:, None] & in_units
+            next_is_active = (rows < next_active)[:, None]
+            mask = next_is_active & in_units
             y_i, y_f, y_g, y_o = load_gates(
-                gates_x_ptr, next_row + first_row, D * 4 * H, gate_offsets, next_is_active, H
+                gates_x_ptr, next_row + first_row, D * 4 * H, gate_offsets, mask, H
             )
             step += direction_sign
             after_active, after_row = rows_of_step(batch_sizes_ptr, offsets_ptr, step, steps)
@@ -241,8 +248,9 @@ def lstm_forward_kernel(
             kept = f * c
             new_c = kept + i * g
             new_h = (o * tanh(new_c)).to(dtype)
-            h = tl.where(is_active, new_h, h)
-            c = tl.where(is_active, new_c, c)
+            mask = is_active & in_units
+            h = tl.where(mask, new_h, h)
+            c = tl.where(mask, new_c, c)
             if RESIDENCY != "whole":
                 # First what the others wait for. Inactive rows publish the state they keep: a
                 # reverse row's h_0 is there when the row joins. Nobody waits for the last one.
@@ -251,12 +259,12 @@ def lstm_forward_kernel(
                 count_arrival(tile_arrivals_ptr)
 
             tile_row = row + first_row
-            tl.store(h_ptr + tile_row * (D * H) + row_offsets, new_h, mask=is_active)
+            tl.store(h_ptr + tile_row * (D * H) + row_offsets, new_h, mask=mask)
             if SAVE_GATES:
-                store_gates(gates_ptr, tile_row, D * 4 * H, gate_offsets, is_active, i, f, g, o, H)
+                store_gates(gates_ptr, tile_row, D * 4 * H, gate_offsets, mask, i, f, g, o, H)
             if SAVE_CELLS:
                 cells = new_c.to(c_ptr.dtype.element_ty)
-                tl.store(c_ptr + tile_row * (D * H) + row_offsets, cells, mask=is_active)
+                tl.store(c_ptr + tile_row * (D * H) + row_offsets, cells, mask=mask)
             x_i = y_i
             x_f = y_f
             x_g = y_g
@@ -266,9 +274,14 @@ def lstm_forward_kernel(
             next_active = after_active
             next_row = after_row
 
-        tl.store(h_n_ptr + state_start + state_offsets, h, mask=state_mask)
-        c_n_dtype = c_n_ptr.dtype.element_ty
-        tl.store(c_n_ptr + state_start + state_offsets, c.to(c_n_dtype), mask=state_mask)
+        # Written otherwise than before the loop over steps, or the compiler would recognise the
+        # addresses and keep them in registers throughout.
+        last_rows = (direction.to(tl.int64) * S + rows)[:, None]
+        last_offsets = last_rows * H + units[None, :]
+        last_mask = (rows < S)[:, None] & (units < H)[None, :]
+        state_dtype = h_n_ptr.dtype.element_ty
+        tl.store(h_n_ptr + last_offsets, h.to(state_dtype), mask=last_mask)
+        tl.store(c_n_ptr + last_offsets, c.to(state_dtype), mask=last_mask)
 
     # N may exceed the number of valid rows; matrix products over all rows follow, so the rest is
     # zero.

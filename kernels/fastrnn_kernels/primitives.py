@@ -80,10 +80,30 @@ def zero_product(BLOCK_B: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.conste
 
 
 @triton.jit
+def add_neighbours(product):
+    """Halves the last axis of three: elements 0 and 1, 2 and 3, ... are added."""
+    HALF: tl.constexpr = product.shape[2] // 2
+    pairs = tl.reshape(product, (product.shape[0], product.shape[1], HALF, 2))
+    even, odd = tl.split(pairs)
+    return even + odd
+
+
+@triton.jit
 def sum_groups(product, GROUPS: tl.constexpr):
-    """The product [BLOCK_B, columns] from its groups, always added up in the same order."""
+    """The product [BLOCK_B, columns] from its groups, always added up in the same order.
+
+    Split apart, all groups of an element come to one thread, 16 bytes of shared memory at a time.
+    tl.sum across warps takes each number through shared memory by itself, at an address of its own,
+    and ptxas keeps so many of these in registers from step to step that it spills.
+    """
     if GROUPS > 1:
-        product = tl.sum(product, axis=0)
+        BLOCK_B: tl.constexpr = product.shape[1]
+        COLUMNS: tl.constexpr = product.shape[2]
+        product = tl.permute(product, (1, 2, 0))
+        for _ in tl.static_range(GROUPS):  # at most: the axis is halved until one group is left
+            if product.shape[2] > 1:
+                product = add_neighbours(product)
+        product = tl.reshape(product, (BLOCK_B, COLUMNS))
     return product
 
 

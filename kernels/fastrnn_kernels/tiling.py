@@ -32,6 +32,16 @@ CELLS_PER_THREAD = 8
 MOST_WARPS = 8
 # With 4 warps ptxas spills a few registers of grouped products for sm_100, and for no other chip.
 SM_100_WARPS = 8
+# Tiles of (architecture, pass, residency, bytes of an element, BLOCK_B, BLOCK_H, BLOCK_K), tf32x3
+# aside, that take twice the warps the rule would give them. With as few, ptxas of Triton 3.7.1
+# spills one or two addresses at some H (2040; 1000 and 1024; 680), fewer blocks in flight or not.
+TWICE_THE_WARPS = frozenset(
+    {
+        ("sm_80", "forward", "streamed", 2, 16, 64, 64),
+        ("sm_90", "forward", "split", 2, 32, 16, 128),
+        ("sm_90", "forward", "split", 4, 16, 16, 64),
+    }
+)
 # Cells of a program whose product is made in groups: each group has its own accumulators. 1024
 # spill.
 GROUP_CELLS = 512
@@ -382,15 +392,19 @@ def _cut_k(
         if residency == "streamed" and widest < 2 * BLOCK_K:
             break
         BLOCK_K *= 2
-    # tl.dot takes 16 of K at least. From 64 rows up the warps share the rows.
-    groups = min(num_warps, BLOCK_K // 16)
     crowded = BLOCK_B * BLOCK_H * itemsize // 2 > GROUP_CELLS or (
         which == "backward" and BLOCK_H > 16
     )
-    if crowded or BLOCK_B >= 64:
-        groups = 1
+    grouped = not crowded and BLOCK_B < 64
+    if residency == "split" and grouped and parts > 1 and BLOCK_K < H <= 2 * BLOCK_K:
+        BLOCK_K *= 2  # all of W_hh in one block: the parts of two spill at H 72
     block_bytes = BLOCK_B * BLOCK_K * itemsize * parts
     in_flight = BYTES_IN_FLIGHT * num_warps * chip.warp_size // block_bytes
+    kind = (chip.architecture, which, residency, itemsize, BLOCK_B, BLOCK_H, BLOCK_K)
+    if parts == 1 and kind in TWICE_THE_WARPS:
+        num_warps = min(2 * num_warps, MOST_WARPS)
+    # tl.dot takes 16 of K at least. From 64 rows up the warps share the rows.
+    groups = min(num_warps, BLOCK_K // 16) if grouped else 1
     in_flight = max(1, min(in_flight, round_up(H, max(BLOCK_H, BLOCK_K)) // BLOCK_K))
     return Tile(
         residency,

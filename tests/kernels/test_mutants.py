@@ -163,8 +163,8 @@ MUTANTS = [
         "forward: c in 16 bits",
         "forward",
         FORWARD,
-        "c = tl.where(is_active, new_c, c)",
-        "c = tl.where(is_active, new_c, c).to(tl.bfloat16).to(tl.float32)",
+        "c = tl.where(mask, new_c, c)",
+        "c = tl.where(mask, new_c, c).to(tl.bfloat16).to(tl.float32)",
     ),
     Mutant(
         "backward: d_c in 16 bits",
@@ -217,14 +217,14 @@ MUTANTS = [
         "forward: inactive rows go on",
         "forward",
         FORWARD,
-        "c = tl.where(is_active, new_c, c)",
+        "c = tl.where(mask, new_c, c)",
         "c = new_c",
     ),
     Mutant(
         "forward: inactive rows are stored",
         "forward",
         FORWARD,
-        "row_offsets, new_h, mask=is_active)",
+        "row_offsets, new_h, mask=mask)",
         "row_offsets, new_h, mask=state_mask)",
     ),
     Mutant(
@@ -266,6 +266,16 @@ MUTANTS = [
         for which, file in (("forward", FORWARD), ("backward", BACKWARD))
     ),
     # the product
+    *(
+        Mutant(
+            f"{which}: half of the groups left out",
+            which,
+            PRIMITIVES,
+            "return even + odd",
+            "return even + even",
+        )
+        for which in ("forward", "backward")
+    ),
     Mutant(
         "forward: last block of K left out",
         "forward",
@@ -300,6 +310,7 @@ def trials(module: ModuleType) -> Iterator[tuple[Problem, Tile, object]]:
     yield ragged, split, Starve(0)
     yield ragged, split, Starve(-1)
     yield ragged, many, RandomOrder(2)
+    yield ragged, tile_for(ragged, "split", groups=2, in_flight=2), RoundRobin()
 
 
 def check(module: ModuleType, which: str) -> None:

@@ -1,11 +1,11 @@
-"""sigmoid and tanh over the whole float32 range."""
+"""sigmoid and tanh over the whole float32 range, and the sum of groups."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastrnn_kernels.primitives import sigmoid, tanh
+from fastrnn_kernels.primitives import sigmoid, sum_groups, tanh
 from tests.interpreter import cooperative
 
 import triton  # isort: skip
@@ -20,6 +20,14 @@ def functions_kernel(x_ptr, sigmoid_ptr, tanh_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + offsets)
     tl.store(sigmoid_ptr + offsets, sigmoid(x))
     tl.store(tanh_ptr + offsets, tanh(x))
+
+
+@triton.jit
+def groups_kernel(product_ptr, total_ptr, GROUPS: tl.constexpr, B: tl.constexpr, N: tl.constexpr):
+    offsets = tl.arange(0, B)[:, None] * N + tl.arange(0, N)[None, :]
+    groups = tl.arange(0, GROUPS)[:, None, None] * (B * N)
+    product = tl.load(product_ptr + groups + offsets[None, :, :])
+    tl.store(total_ptr + offsets, sum_groups(product, GROUPS))
 
 
 def evaluate(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,3 +60,13 @@ def test_infinite_and_nan() -> None:
     torch.testing.assert_close(got_sigmoid[:8], torch.tensor(expected), equal_nan=True)
     expected = [1.0, -1.0, nan, 0.0, 0.0, 1.0, -1.0, 1e-45]
     torch.testing.assert_close(got_tanh[:8], torch.tensor(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_every_group_is_added_once_to_its_element(groups: int) -> None:
+    # Small whole numbers, whose sums are exact in any order.
+    product = torch.randint(-1000, 1000, (groups, 4, 16)).float()
+    total = torch.full((4, 16), float("nan"))
+    with cooperative():
+        groups_kernel[(1,)](product, total, GROUPS=groups, B=4, N=16)
+    torch.testing.assert_close(total, product.sum(0), rtol=0, atol=0)
