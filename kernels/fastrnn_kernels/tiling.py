@@ -32,16 +32,17 @@ CELLS_PER_THREAD = 8
 MOST_WARPS = 8
 # With 4 warps ptxas spills a few registers of grouped products for sm_100, and for no other chip.
 SM_100_WARPS = 8
-# Tiles of (architecture, pass, residency, bytes of an element, BLOCK_B, BLOCK_H, BLOCK_K), tf32x3
-# aside, that take twice the warps the rule would give them. With as few, ptxas of Triton 3.7.1
-# spills one or two addresses at some H (2040; 1000 and 1024; 680), fewer blocks in flight or not.
-TWICE_THE_WARPS = frozenset(
-    {
-        ("sm_80", "forward", "streamed", 2, 16, 64, 64),
-        ("sm_90", "forward", "split", 2, 32, 16, 128),
-        ("sm_90", "forward", "split", 4, 16, 16, 64),
-    }
-)
+# Warps, groups and the most blocks in flight of tiles of (architecture, pass, residency, bytes of
+# an element, BLOCK_B, BLOCK_H, BLOCK_K), tf32x3 aside. With what the rule would give them (the
+# first four: half the warps) the ptxas of Triton 3.7.1 spills one or two addresses at some H: in
+# this order 2040, 680, 680, 1000 and 1024, 1160.
+EXCEPTIONS = {
+    ("sm_80", "forward", "streamed", 2, 16, 64, 64): (8, 1, 12),
+    ("sm_90", "backward", "split", 2, 32, 32, 64): (8, 4, 6),
+    ("sm_90", "forward", "split", 2, 32, 16, 128): (8, 8, 3),
+    ("sm_90", "forward", "split", 4, 16, 16, 64): (8, 4, 6),
+    ("sm_100", "backward", "split", 2, 16, 16, 128): (8, 8, 9),
+}
 # Cells of a program whose product is made in groups: each group has its own accumulators. 1024
 # spill.
 GROUP_CELLS = 512
@@ -398,13 +399,15 @@ def _cut_k(
     grouped = not crowded and BLOCK_B < 64
     if residency == "split" and grouped and parts > 1 and BLOCK_K < H <= 2 * BLOCK_K:
         BLOCK_K *= 2  # all of W_hh in one block: the parts of two spill at H 72
+    if residency == "split" and grouped and which == "backward":
+        BLOCK_K = max(BLOCK_K, 16 * num_warps)  # a group for each warp: sm_100 spills at H 512
     block_bytes = BLOCK_B * BLOCK_K * itemsize * parts
     in_flight = BYTES_IN_FLIGHT * num_warps * chip.warp_size // block_bytes
-    kind = (chip.architecture, which, residency, itemsize, BLOCK_B, BLOCK_H, BLOCK_K)
-    if parts == 1 and kind in TWICE_THE_WARPS:
-        num_warps = min(2 * num_warps, MOST_WARPS)
     # tl.dot takes 16 of K at least. From 64 rows up the warps share the rows.
     groups = min(num_warps, BLOCK_K // 16) if grouped else 1
+    kind = (chip.architecture, which, residency, itemsize, BLOCK_B, BLOCK_H, BLOCK_K)
+    if parts == 1 and kind in EXCEPTIONS:
+        num_warps, groups, in_flight = EXCEPTIONS[kind]
     in_flight = max(1, min(in_flight, round_up(H, max(BLOCK_H, BLOCK_K)) // BLOCK_K))
     return Tile(
         residency,
