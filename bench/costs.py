@@ -165,7 +165,7 @@ class _Arrangement:
 def _arrangements(path: costs.Path, shape: Shape, train: bool) -> list[_Arrangement]:
     def padded(form: Any, lengths: Tensor) -> AnyLayout:
         checked = check_lengths(lengths, form.batch, form.steps, exact=True)
-        return padded_layout(form, checked)
+        return padded_layout(form.steps, checked)
 
     if path == "padded":
         return [_Arrangement(padded)]

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
+from fastrnn.recurrence import CPU
 from fastrnn.widening import wide_hidden_size
 
 Backend = Literal["auto", "reference", "triton"]
@@ -125,7 +126,7 @@ def resolve_backend(
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
     """
-    if name == "auto" and device.type == "cpu":
+    if name == "auto" and device == CPU:
         return "auto"
     check_backend(name)
     if name == "reference":

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastrnn import reference
-from fastrnn.recurrence import OutputGradients
+from fastrnn.recurrence import CPU, OutputGradients
 from fastrnn.reference import LayerWeights, twin_gradients
 
 # Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
@@ -93,7 +93,7 @@ def gradients_to_compute(grads: OutputGradients) -> OutputGradients:
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN can compute in this dtype there."""
     return (
-        device.type == "cpu"
+        device == CPU
         and dtype in (torch.float32, torch.bfloat16)
         and compute_dtype(dtype) == dtype
         and torch._C._has_mkldnn
@@ -140,14 +140,14 @@ def operands(weights: LayerWeights, *, carry: bool) -> Operands:
 
 
 def with_carry(rows: Tensor, carry: Tensor) -> Tensor:
-    """Rows ``[N, I]`` with the carry feature; ``carry`` is ``[N, 1]``, 1 where a row is padding."""
-    return torch.cat([rows, carry.to(rows.dtype).expand(-1, _carry_columns(rows))], 1)
+    """Rows ``[..., I]`` with the carry feature; ``carry`` is ``[..., 1]``, 1 in the padding."""
+    return torch.cat([rows, *[carry.to(rows.dtype)] * _carry_columns(rows)], -1)
 
 
 def with_carry_weights(ih: Tensor) -> Tensor:
     """``W_ih``, ``[4H, I]``, with the weights of the carry feature."""
     column = _carry_column(ih.shape[0] // 4, ih.dtype)
-    return torch.cat([ih, column.expand(-1, _carry_columns(ih))], 1)
+    return torch.cat([ih, *[column] * _carry_columns(ih)], 1)
 
 
 def _carry_columns(features: Tensor) -> int:

@@ -152,14 +152,16 @@ class PackedLayout(Layout):
 
 
 class PaddedLayout(NamedTuple):
-    """A padded batch on the CPU that stays as it is, its steps in the order of the input.
+    """A padded batch on the CPU that stays as it is.
 
     Attributes:
-        padding: int64, the steps of the flattened input that are padding. None: none is.
-        carry: ``[entries, 1]`` float32, 1 where a step is padding: the carry feature of onednn.py.
-        last: ``[B]`` int64, the place of each sequence's last valid step.
+        empty: ``[T, B, 1]`` bool, True where a step is padding. None: none is.
+        padding: int64, the same as indices into ``[T * B]``.
+        carry: the same in float32: the carry feature of onednn.py.
+        last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
+    empty: Tensor | None = None
     padding: Tensor | None = None
     carry: Tensor | None = None
     last: Tensor | None = None
@@ -290,30 +292,26 @@ def dense_layout(steps: int, batch: int, device: torch.device | str = "cpu") -> 
     return PackedLayout(steps * batch, batch, sizes)
 
 
-def padded_layout(form: Addressing, lengths: Tensor) -> PaddedLayout:
+def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
     """The layout of a padded batch that is not worth packing.
 
     Args:
-        form: the input's form.
+        steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    if form.time_major:
-        empty = _range(form.steps).unsqueeze(1) >= lengths
-    else:
-        empty = _range(form.steps) >= lengths.unsqueeze(1)
-    empty = empty.view(-1, 1)
-    padding = empty.nonzero()[:, 0]
+    lengths = lengths.view(1, -1, 1)
+    empty = _steps(steps) >= lengths
+    padding = empty.view(-1).nonzero().view(-1)
     if not padding.shape[0]:
         return PaddedLayout()
-    last = form.flat_index(lengths - 1, _range(form.batch))
-    return PaddedLayout(padding, empty.to(torch.float32), last)
+    return PaddedLayout(empty, padding, empty.to(torch.float32), lengths - 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _range(count: int) -> Tensor:
-    """0, 1, ..., for batches of sizes that come again; not to be written to."""
+def _steps(count: int) -> Tensor:
+    """``[T, 1, 1]``: 0, 1, ..., for batches of T that comes again; not to be written to."""
     with torch.inference_mode(False):
-        return torch.arange(count, device="cpu")
+        return torch.arange(count, device="cpu").view(-1, 1, 1)
 
 
 def ragged_layout(
@@ -358,7 +356,7 @@ def ragged_layout(
         if pad is not None and exact and mask is None and resets is None:
             values = own.tolist()
             if values and min(values) > 0 and pad(steps * batch, values):
-                return padded_layout(form, own)
+                return padded_layout(steps, own)
     if own is None:
         valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
     else:

@@ -54,56 +54,68 @@ def run_padded(
         See :class:`DenseOutput`; outputs in the padding are zero.
     """
     dtype, directions = layers[0][0].ih.dtype, len(layers[0])
-    wide, padding = onednn.compute_dtype(dtype), layout.padding
-    x, h_n, c_n = x.to(wide), [], []
+    wide = onednn.compute_dtype(dtype)
+    if wide != dtype:
+        x = x.to(wide)
+        h_0, c_0 = (None if state is None else state.to(wide) for state in (h_0, c_0))
+    if batch_first:  # torch's operator would transpose too, and the carry feature needs a copy
+        x = x.transpose(0, 1)
+    if layout.empty is not None:
+        x = torch.where(layout.empty, 0.0, x)
+    h_n, c_n = [], []
     for index, weights in enumerate(layers):
         if index and dropout:
-            x = _dropout(x, dropout, batch_first)
-        if padding is not None and layout.carry is not None:
-            rows = x.reshape(-1, x.shape[2])
-            rows = rows if index else rows.index_fill(0, padding, 0.0)
-            x = onednn.with_carry(rows, layout.carry).view(*x.shape[:2], -1)
-        part = slice(index * directions, (index + 1) * directions)
-        output, last_h, last_c = run_dense(
+            x = functional.dropout(x, dropout, training=True)
+        states = slice(index * directions, (index + 1) * directions)
+        x, last_h, last_c = _run_layer(
             x,
-            _operands(weights, wide, carry=padding is not None),
-            None if h_0 is None else h_0[part].to(wide).contiguous(),
-            None if c_0 is None else c_0[part].to(wide).contiguous(),
-            num_layers=1,
-            bias=weights[0].bias_ih is not None,
-            bidirectional=directions == 2,
-            batch_first=batch_first,
-            dropout=0.0,
+            layout,
+            weights if wide == dtype else [direction.to(wide) for direction in weights],
+            None if h_0 is None else h_0[states].contiguous(),
+            None if c_0 is None else c_0[states].contiguous(),
         )
-        if padding is not None and layout.last is not None:
-            rows = output.reshape(-1, output.shape[2])
-            # Backward needs what oneDNN returned; where that lay otherwise, this is a copy already.
-            kept = output.requires_grad and output.is_contiguous()
-            rows = (rows.index_fill if kept else rows.index_fill_)(0, padding, 0.0)
-            output = rows.view(output.shape)
-            # The last step may be padding; the reverse direction's is the first.
-            own = rows.index_select(0, layout.last)[:, : weights[0].hidden_size].unsqueeze(0)
-            last_h = own if directions == 1 else torch.cat([own, last_h[1:]])
-        x = output
         h_n.append(last_h)
         c_n.append(last_c)
-    final_h, final_c = (part[0] if len(part) == 1 else torch.cat(part) for part in (h_n, c_n))
-    return DenseOutput(x.to(dtype), final_h.to(dtype), final_c.to(dtype))
+    found = x.transpose(0, 1) if batch_first else x, _stacked(h_n), _stacked(c_n)
+    return DenseOutput(*(found if wide == dtype else (tensor.to(dtype) for tensor in found)))
 
 
-def _dropout(x: Tensor, probability: float, batch_first: bool) -> Tensor:
-    """With the draws of nn.LSTM, which come time-major."""
-    if not batch_first:
-        return functional.dropout(x, probability, training=True)
-    x = x.transpose(0, 1).contiguous()
-    return functional.dropout(x, probability, training=True).transpose(0, 1)
+def _run_layer(
+    x: Tensor,
+    layout: PaddedLayout,
+    weights: Sequence[LayerWeights],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+) -> DenseOutput:
+    """One layer over ``[T, B, I]``, zero in the padding, and so is its output."""
+    if layout.carry is not None:
+        x = onednn.with_carry(x, layout.carry)
+        weights = [
+            direction._replace(ih=onednn.with_carry_weights(direction.ih)) for direction in weights
+        ]
+    output, h_n, c_n = run_dense(
+        x,
+        [weight.contiguous() for weight in flatten_weights(weights)],
+        h_0,
+        c_0,
+        num_layers=1,
+        bias=weights[0].bias_ih is not None,
+        bidirectional=len(weights) == 2,
+        batch_first=False,
+        dropout=0.0,
+    )
+    if layout.padding is None or layout.last is None:
+        return DenseOutput(output, h_n, c_n)
+    # The last step may be padding; the reverse direction's is the first.
+    own = output.gather(0, layout.last.expand(-1, -1, h_n.shape[2]))
+    rows = output.flatten(0, 1)
+    # Backward needs what oneDNN returned.
+    rows = (rows.index_fill if output.requires_grad else rows.index_fill_)(0, layout.padding, 0.0)
+    return DenseOutput(
+        rows.view(output.shape), own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n
+    )
 
 
-def _operands(weights: Sequence[LayerWeights], dtype: torch.dtype, *, carry: bool) -> list[Tensor]:
-    """All weights of a layer, contiguous, with those of the carry feature."""
-    each = (direction.to(dtype) for direction in weights)
-    if carry:
-        each = (
-            direction._replace(ih=onednn.with_carry_weights(direction.ih)) for direction in each
-        )
-    return [weight.contiguous() for weight in flatten_weights(list(each))]
+def _stacked(states: Sequence[Tensor]) -> Tensor:
+    """The states of all layers."""
+    return states[0] if len(states) == 1 else torch.cat(list(states))
