@@ -16,7 +16,15 @@ from torch import Tensor
 
 from fastrnn import costs
 from fastrnn.forms import Form, Packed, Padded
-from fastrnn.packing import Layout, Lengths, PaddedLayout, Rectangle, ragged_layout
+from fastrnn.packing import (
+    Layout,
+    Lengths,
+    PaddedLayout,
+    Rectangle,
+    check_lengths,
+    padded_layout,
+    ragged_layout,
+)
 from fastrnn.rectangles import plan
 
 
@@ -82,12 +90,17 @@ def arrange(
     Returns:
         The layout that is the fastest by the models.
     """
-    if work is None:
-        cut, pad = None, None
-    else:
-        cut, pad = work.cut, work.pad if may_pad and isinstance(form, Padded) else None
+    cut = None if work is None else work.cut
     if lengths is None and mask is None and resets is None:
         if work is not None and isinstance(form, Packed):
             cut = functools.partial(work.cut, packed=True)
         return form.layout(cut)
-    return ragged_layout(form, lengths, mask, resets, cut=cut, pad=pad)
+    if may_pad and work is not None and isinstance(form, Padded) and lengths is not None:
+        on_host = not isinstance(lengths, Tensor) or lengths.is_cpu
+        if on_host and mask is None and resets is None:
+            lengths = check_lengths(lengths, form.batch, form.steps, exact=True)
+            values = lengths.tolist()
+            # None may be zero: its last valid step would be none.
+            if values and min(values) > 0 and work.pad(form.entries, values):
+                return padded_layout(form.steps, lengths)
+    return ragged_layout(form, lengths, mask, resets, cut=cut)

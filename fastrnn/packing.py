@@ -46,8 +46,6 @@ class Rectangle(NamedTuple):
 
 # Where to cut, by the number of sequences active at each step; None: pack instead.
 Cut: TypeAlias = Callable[[tuple[int, ...]], Sequence[Rectangle] | None]
-# Whether to leave a padded batch as it is, by its rows and the lengths of its sequences.
-Pad: TypeAlias = Callable[[int, Sequence[int]], bool]
 
 
 class Layout:
@@ -321,8 +319,7 @@ def ragged_layout(
     resets: Tensor | None = None,
     *,
     cut: Cut | None = None,
-    pad: Pad | None = None,
-) -> PackedLayout | RectangleLayout | PaddedLayout:
+) -> PackedLayout | RectangleLayout:
     """The layout of a batch of which only some steps are valid.
 
     Args:
@@ -334,12 +331,10 @@ def ragged_layout(
         resets: bool, True = the state is zeroed before this step; shaped as ``mask``. On a masked
             step it holds for the sequence's next valid step.
         cut: where to cut an exact layout into rectangles. Default: pack.
-        pad: whether to leave a padded batch as it is, of which only ``lengths`` are known, none of
-            them zero. Default: not.
 
     Returns:
         An exact layout where everything is on the host and nothing is being traced, else a bounded
-        one. Cut into rectangles, or left as it is, where ``cut`` or ``pad`` say so.
+        one. Cut into rectangles where ``cut`` says so.
 
     Raises:
         ValueError: a shape or a length that does not fit the input.
@@ -353,10 +348,6 @@ def ragged_layout(
 
     if lengths is not None:
         own = check_lengths(lengths, batch, steps, exact)
-        if pad is not None and exact and mask is None and resets is None:
-            values = own.tolist()
-            if values and min(values) > 0 and pad(steps * batch, values):
-                return padded_layout(steps, own)
     if own is None:
         valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
     else:

@@ -16,6 +16,7 @@ only; with initial states of its own such a batch is packed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,14 +89,14 @@ def _run_layer(
     c_0: Tensor | None,
 ) -> DenseOutput:
     """One layer over ``[T, B, I]``, zero in the padding, and so is its output."""
+    flat = [weight.contiguous() for weight in flatten_weights(weights)]
     if layout.carry is not None:
         x = onednn.with_carry(x, layout.carry)
-        weights = [
-            direction._replace(ih=onednn.with_carry_weights(direction.ih)) for direction in weights
-        ]
+        each = len(flat) // len(weights)
+        flat[::each] = [onednn.with_carry_weights(ih) for ih in flat[::each]]
     output, h_n, c_n = run_dense(
         x,
-        [weight.contiguous() for weight in flatten_weights(weights)],
+        flat,
         h_0,
         c_0,
         num_layers=1,
@@ -106,14 +107,35 @@ def _run_layer(
     )
     if layout.padding is None or layout.last is None:
         return DenseOutput(output, h_n, c_n)
+    last = layout.last.expand(-1, -1, h_n.shape[2])
+    output, own = (_Ended.apply if output.requires_grad else _end)(output, layout.padding, last)
     # The last step may be padding; the reverse direction's is the first.
-    own = output.gather(0, layout.last.expand(-1, -1, h_n.shape[2]))
-    rows = output.flatten(0, 1)
-    # Backward needs what oneDNN returned.
-    rows = (rows.index_fill if output.requires_grad else rows.index_fill_)(0, layout.padding, 0.0)
-    return DenseOutput(
-        rows.view(output.shape), own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n
-    )
+    return DenseOutput(output, own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n)
+
+
+def _end(output: Tensor, padding: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs, zero in the padding from now on, and a direction's at the last valid steps."""
+    own = output.gather(0, last)
+    output.flatten(0, 1).index_fill_(0, padding, 0.0)
+    return output, own
+
+
+class _Ended(torch.autograd.Function):
+    """:func:`_end` of a copy, for backward needs what oneDNN returned.
+
+    torch's nodes would fill two more tensors as large as the output with gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, padding: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.padding, ctx.last = padding, last
+        return _end(output.clone(), padding, last)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None]:
+        d_output = d_output.clone(memory_format=torch.contiguous_format)
+        d_output.flatten(0, 1).index_fill_(0, ctx.padding, 0.0)
+        return d_output.scatter_add_(0, ctx.last, d_own), None, None
 
 
 def _stacked(states: Sequence[Tensor]) -> Tensor:
