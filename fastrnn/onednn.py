@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional
 
 from fastrnn import reference
 from fastrnn.recurrence import CPU, OutputGradients
@@ -144,6 +145,13 @@ def with_carry(rows: Tensor, carry: Tensor) -> Tensor:
     return torch.cat([rows, *[carry.to(rows.dtype)] * _carry_columns(rows)], -1)
 
 
+def mask_with_carry(x: Tensor, empty: Tensor) -> Tensor:
+    """``[T, B, I]`` with zeros and the carry feature where ``empty``, ``[T, B, 1]``, is True."""
+    columns = _carry_columns(x)
+    row = _padding_row(x.shape[2], columns, x.dtype)
+    return torch.where(empty, row, functional.pad(x, (0, columns)))
+
+
 def with_carry_weights(ih: Tensor) -> Tensor:
     """``W_ih``, ``[4H, I]``, with the weights of the carry feature."""
     column = _carry_column(ih.shape[0] // 4, ih.dtype)
@@ -154,6 +162,13 @@ def _carry_columns(features: Tensor) -> int:
     """How often the carry feature stands behind ``[..., I]``."""
     # bfloat16 in odd numbers is slow: T60 B64 H256 on AMX takes 39.6 ms with 129, 7.3 with 130.
     return 2 if features.dtype == torch.bfloat16 and features.shape[-1] % 2 == 0 else 1
+
+
+@functools.lru_cache(maxsize=16)
+def _padding_row(features: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A padded step: zeros, and the carry feature so often."""
+    with torch.inference_mode(False):
+        return torch.tensor([0.0] * features + [1.0] * columns, dtype=dtype, device="cpu")
 
 
 @functools.lru_cache(maxsize=16)

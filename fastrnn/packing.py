@@ -155,13 +155,11 @@ class PaddedLayout(NamedTuple):
     Attributes:
         empty: ``[T, B, 1]`` bool, True where a step is padding. None: none is.
         padding: int64, the same as indices into ``[T * B]``.
-        carry: the same in float32: the carry feature of onednn.py.
         last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
     empty: Tensor | None = None
     padding: Tensor | None = None
-    carry: Tensor | None = None
     last: Tensor | None = None
 
 
@@ -302,7 +300,7 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
     padding = empty.view(-1).nonzero().view(-1)
     if not padding.shape[0]:
         return PaddedLayout()
-    return PaddedLayout(empty, padding, empty.to(torch.float32), lengths - 1)
+    return PaddedLayout(empty, padding, lengths - 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -61,8 +61,6 @@ def run_padded(
         h_0, c_0 = (None if state is None else state.to(wide) for state in (h_0, c_0))
     if batch_first:  # torch's operator would transpose too, and the carry feature needs a copy
         x = x.transpose(0, 1)
-    if layout.empty is not None:
-        x = torch.where(layout.empty, 0.0, x)
     h_n, c_n = [], []
     for index, weights in enumerate(layers):
         if index and dropout:
@@ -88,10 +86,10 @@ def _run_layer(
     h_0: Tensor | None,
     c_0: Tensor | None,
 ) -> DenseOutput:
-    """One layer over ``[T, B, I]``, zero in the padding, and so is its output."""
+    """One layer over ``[T, B, I]``; its output is zero in the padding."""
     flat = [weight.contiguous() for weight in flatten_weights(weights)]
-    if layout.carry is not None:
-        x = onednn.with_carry(x, layout.carry)
+    if layout.empty is not None:
+        x = onednn.mask_with_carry(x, layout.empty)
         each = len(flat) // len(weights)
         flat[::each] = [onednn.with_carry_weights(ih) for ih in flat[::each]]
     output, h_n, c_n = run_dense(
