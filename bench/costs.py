@@ -103,26 +103,29 @@ def _pairs(values: Sequence[float], size: int) -> list[tuple[float, ...]]:
 def run(options: Options, console: Console) -> int:
     """Measure, fit, and print the lines."""
     before = torch.get_num_threads()
-    modes = [(path, train) for path in costs.PATHS for train in (True, False)]
-    fits: dict[tuple[str, bool], list[Fit]] = {mode: [] for mode in modes}
+    fits: dict[tuple[costs.Path, bool], list[Fit]] = {
+        (path, train): [] for path in costs.PATHS for train in (True, False)
+    }
     try:
         with Progress(console=console, transient=True) as progress:
-            total = len(options.threads) * len(modes) * len(options.shapes)
+            total = len(options.threads) * 2 * len(options.shapes)
             task = progress.add_task("measuring", total=total)
-            for threads, (path, train) in itertools.product(options.threads, modes):
+            for threads, train in itertools.product(options.threads, (True, False)):
                 torch.set_num_threads(threads)
-                samples: list[Sample] = []
+                samples: dict[costs.Path, list[Sample]] = {path: [] for path in costs.PATHS}
                 for shape in options.shapes:
-                    samples += measure(path, shape, train=train, dtype=options.dtype)
+                    for path, found in measure(shape, train=train, dtype=options.dtype).items():
+                        samples[path] += found
                     progress.advance(task)
-                fits[path, train].append(fit(samples))
+                for path in costs.PATHS:
+                    fits[path, train].append(fit(samples[path]))
     finally:
         torch.set_num_threads(before)
     capability = torch.backends.cpu.get_cpu_capability()
     console.print(f"{capability}, {options.dtype}, threads {options.threads}", highlight=False)
-    for (path, train), found in fits.items():
+    for (path, train), by_threads in fits.items():
         console.print(f'    (..., "{path}", {train}): (', highlight=False)
-        for each in found:
+        for each in by_threads:
             line = f"        {each.line()}  # {each.error:.0%} off in the mean"
             console.print(line, highlight=False, soft_wrap=True)
         console.print("    ),")
@@ -130,23 +133,29 @@ def run(options: Options, console: Console) -> int:
 
 
 def measure(
-    path: costs.Path, shape: Shape, *, train: bool, dtype: torch.dtype = torch.float32
-) -> list[Sample]:
-    """Samples of a path on ragged batches of a shape."""
+    shape: Shape, *, train: bool, dtype: torch.dtype = torch.float32
+) -> dict[costs.Path, list[Sample]]:
+    """Samples of every path on the same ragged batches of a shape, in turn on each.
+
+    So a machine that becomes slower meanwhile becomes so for all, and the ratios stand.
+    """
     large = shape.hidden_size >= LARGE
     weights = 4.0 * shape.hidden_size * (shape.input_size + shape.hidden_size)
-    samples = []
+    samples: dict[costs.Path, list[Sample]] = {path: [] for path in costs.PATHS}
     for lengths in ("uniform", "lognormal"):
         case = Case("costs", shape, lengths, training=train, dtype=dtype)
-        batches = Batches(case)
-        for arrange in _arrangements(path, shape, train):
-            provider = Provider("fastrnn", case)
-            with mock.patch.object(lstm, "arrange", arrange):
-                provider.run(batches[-1])  # loads what the first call loads
-                for index in range(2 if large else 4):
+        batches, provider = Batches(case), Provider("fastrnn", case)
+        arrangements = [
+            (path, arrange) for path in costs.PATHS for arrange in _arrangements(path, shape, train)
+        ]
+        for index in range(-1, 2 if large else 4):
+            for path, arrange in arrangements:
+                with mock.patch.object(lstm, "arrange", arrange):
                     seconds = _seconds(provider, batches[index], 3 if large else 6)
+                if index >= 0:  # the first batch loads what a first call loads
                     pieces, rows = _extent(arrange.layout, shape)
-                    samples.append(Sample(weights, pieces, rows, seconds))
+                    samples[path].append(Sample(weights, pieces, rows, seconds))
+            arrangements.append(arrangements.pop(0))
     return samples
 
 
