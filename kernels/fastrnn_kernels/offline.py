@@ -68,7 +68,7 @@ BATCH_SIZES = (16, 64, 128, 1024)
 # multiple of 8 up to 2048; tests/kernels/test_offline.py sees to it. Most are odd multiples of 8,
 # of which the last block of units or of K is partly empty.
 HIDDEN_SIZES = (
-    *(8, 24, 40, 64, 72, 128, 136, 184, 256, 264, 296, 328, 424, 512, 680, 776, 904),
+    *(8, 24, 40, 64, 72, 128, 136, 184, 256, 264, 296, 328, 424, 512, 600, 680, 776, 904),
     *(1000, 1024, 1160, 1256, 1608, 2040, 2048),
 )
 # Without 512 in float32, whose products of 64 rows take the compiler a quarter of a minute each.
