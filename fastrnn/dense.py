@@ -1,5 +1,7 @@
 """A dense batch, every sequence with all T steps: one call of torch's own LSTM for all layers.
 
+Where one layer in one direction is all, of the operator that it calls.
+
 Or for one layer, where the batch comes as rows.
 
 torch differentiates the call, and its backward too, so double backward needs nothing here.
@@ -78,8 +80,26 @@ def run_dense(
     if h_0 is None or c_0 is None:  # always both
         states, batch = num_layers * (1 + bidirectional), x.shape[0 if batch_first else 1]
         h_0 = c_0 = x.new_zeros(states, batch, flat[1].shape[1])
+    plain = num_layers == 1 and bias and not bidirectional
+    if plain and all(weight.dtype == x.dtype for weight in flat):  # autocast casts torch.lstm's
+        return _run_one(x, flat, h_0, c_0, batch_first)
     settings = (bias, num_layers, dropout, dropout > 0, bidirectional, batch_first)
     return DenseOutput(*torch.lstm(x, (h_0, c_0), flat, *settings))
+
+
+def _run_one(
+    x: Tensor, flat: list[Tensor], h_0: Tensor, c_0: Tensor, batch_first: bool
+) -> DenseOutput:
+    """What torch.lstm does for one layer in one direction, without its lists of layers."""
+    if batch_first:
+        x = x.transpose(0, 1)
+    x, h_0, c_0 = x.contiguous(), h_0.contiguous(), c_0.contiguous()
+    if torch.is_grad_enabled():  # backward keeps the final states, and its own backward knows 2D
+        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0], c_0[0], reverse=False)
+        h_n, c_n = h_n.unsqueeze(0).clone(), c_n.unsqueeze(0).clone()
+    else:
+        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0, c_0, reverse=False)
+    return DenseOutput(output.transpose(0, 1) if batch_first else output, h_n, c_n)
 
 
 def run_dense_rows(

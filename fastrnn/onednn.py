@@ -14,6 +14,7 @@ Limits: no projection; no cell-state sequence.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -178,6 +179,41 @@ def _carry_column(hidden_size: int, dtype: torch.dtype) -> Tensor:
     return gates.repeat_interleave(hidden_size).unsqueeze(1)
 
 
+def one_layer(
+    x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor, *, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator as it is: outputs, final states and, where gradients are enabled, its workspace.
+
+    torch differentiates it, and keeps the results for that.
+
+    Args:
+        x: ``[T, B, I]``, contiguous.
+        weights: as :class:`Operands`.
+        h_0: ``[B, H]``, contiguous; or ``[1, B, H]``, as the final one comes then.
+        c_0: likewise.
+        reverse: walk the steps from last to first.
+    """
+    ih, hh, bias_ih, bias_hh = weights
+    return torch.mkldnn_rnn_layer(
+        x,
+        ih,
+        hh,
+        bias_ih,
+        bias_hh,
+        h_0,
+        c_0,
+        reverse,
+        batch_sizes=[],
+        mode=_LSTM_MODE,
+        hidden_size=h_0.shape[-1],
+        num_layers=1,
+        has_biases=True,
+        bidirectional=False,
+        batch_first=False,
+        train=torch.is_grad_enabled(),
+    )
+
+
 def dense_forward(
     x: Tensor, weights: Operands, h_0: Tensor, c_0: Tensor, *, reverse: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -192,12 +228,8 @@ def dense_forward(
         save: make the workspace that :func:`dense_backward` needs.
     """
     hidden_size = h_0.shape[1]
-    # The operator makes its workspace only where gradients are enabled.
     with torch.set_grad_enabled(save):
-        output, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
-            *(x, *weights, h_0, c_0, reverse, [], _LSTM_MODE, hidden_size),
-            *(1, True, False, False, save),
-        )
+        output, h_n, c_n, workspace = one_layer(x, weights, h_0, c_0, reverse=reverse)
     return output, h_n.view(-1, hidden_size), c_n.view(-1, hidden_size), workspace
 
 
