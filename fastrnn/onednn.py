@@ -146,11 +146,16 @@ def with_carry(rows: Tensor, carry: Tensor) -> Tensor:
     return torch.cat([rows, *[carry.to(rows.dtype)] * _carry_columns(rows)], -1)
 
 
-def mask_with_carry(x: Tensor, empty: Tensor) -> Tensor:
-    """``[T, B, I]`` with zeros and the carry feature where ``empty``, ``[T, B, 1]``, is True."""
+def mask_with_carry(x: Tensor, padding: Tensor) -> Tensor:
+    """``[T, B, I]`` with zeros and the carry feature at ``padding``, indices into ``[T * B]``.
+
+    The gradient there is zero without a mask, as every gate's is.
+    """
     columns = _carry_columns(x)
-    row = _padding_row(x.shape[2], columns, x.dtype)
-    return torch.where(empty, row, functional.pad(x, (0, columns)))
+    wide = functional.pad(x, (0, columns))
+    row = _padding_row(x.shape[2], columns, x.dtype).expand(padding.shape[0], -1)
+    wide.detach().view(-1, wide.shape[2]).index_copy_(0, padding, row)
+    return wide
 
 
 def with_carry_weights(ih: Tensor) -> Tensor:
@@ -167,9 +172,9 @@ def _carry_columns(features: Tensor) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _padding_row(features: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A padded step: zeros, and the carry feature so often."""
+    """``[1, I + columns]``, a padded step: zeros, and the carry feature."""
     with torch.inference_mode(False):
-        return torch.tensor([0.0] * features + [1.0] * columns, dtype=dtype, device="cpu")
+        return torch.tensor([[0.0] * features + [1.0] * columns], dtype=dtype, device="cpu")
 
 
 @functools.lru_cache(maxsize=16)

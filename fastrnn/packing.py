@@ -153,12 +153,10 @@ class PaddedLayout(NamedTuple):
     """A padded batch on the CPU that stays as it is.
 
     Attributes:
-        empty: ``[T, B, 1]`` bool, True where a step is padding. None: none is.
-        padding: int64, the same as indices into ``[T * B]``.
+        padding: int64, the steps that are padding, as indices into ``[T * B]``. None: none is.
         last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
-    empty: Tensor | None = None
     padding: Tensor | None = None
     last: Tensor | None = None
 
@@ -295,19 +293,17 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
         steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    lengths = lengths.view(1, -1, 1)
-    empty = _steps(steps) >= lengths
-    padding = empty.view(-1).nonzero().view(-1)
+    padding = (_steps(steps) >= lengths).view(-1).nonzero().view(-1)
     if not padding.shape[0]:
         return PaddedLayout()
-    return PaddedLayout(empty, padding, lengths - 1)
+    return PaddedLayout(padding, (lengths - 1).view(1, -1, 1))
 
 
 @functools.lru_cache(maxsize=64)
 def _steps(count: int) -> Tensor:
-    """``[T, 1, 1]``: 0, 1, ..., for batches of T that comes again; not to be written to."""
+    """``[T, 1]``: 0, 1, ..., for batches of T steps that come again; not to be written to."""
     with torch.inference_mode(False):
-        return torch.arange(count, device="cpu").view(-1, 1, 1)
+        return torch.arange(count, device="cpu").view(-1, 1)
 
 
 def ragged_layout(

@@ -88,8 +88,8 @@ def _run_layer(
 ) -> DenseOutput:
     """One layer over ``[T, B, I]``; its output is zero in the padding."""
     flat = [weight.contiguous() for weight in flatten_weights(weights)]
-    if layout.empty is not None:
-        x = onednn.mask_with_carry(x, layout.empty)
+    if layout.padding is not None:
+        x = onednn.mask_with_carry(x, layout.padding)
         each = len(flat) // len(weights)
         flat[::each] = [onednn.with_carry_weights(ih) for ih in flat[::each]]
     output, h_n, c_n = run_dense(
