@@ -457,14 +457,9 @@ def kind_of(case: Case) -> tuple[object, ...]:
 
 
 def kinds(chips: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
-    """Of the cases of the grid one of each kind: with the largest H, so with most in registers.
-
-    D changes strides only, and fp16 is compiled as bf16 is, for which sm_90 stands.
-    """
+    """Of the cases of the grid one of each kind: with the largest H, so with most in registers."""
     chosen: dict[tuple[object, ...], Case] = {}
     for case in cases(chips, HIDDEN_SIZES, BATCH_SIZES, dtypes):
-        if case.dtype == "fp16" and case.chip != "sm_90":
-            continue
         kind = kind_of(case)
         if kind not in chosen or chosen[kind].H < case.H:
             chosen[kind] = case
