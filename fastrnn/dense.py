@@ -1,8 +1,7 @@
 """A dense batch, every sequence with all T steps: one call of torch's own LSTM for all layers.
 
-Where one layer in one direction is all, of the operator that it calls.
-
-Or for one layer, where the batch comes as rows.
+Where one layer in one direction is all, of the operator that it calls. Or for one layer, where the
+batch comes as rows.
 
 torch differentiates the call, and its backward too, so double backward needs nothing here.
 
@@ -80,6 +79,7 @@ def run_dense(
     if h_0 is None or c_0 is None:  # always both
         states, batch = num_layers * (1 + bidirectional), x.shape[0 if batch_first else 1]
         h_0 = c_0 = x.new_zeros(states, batch, flat[1].shape[1])
+    h_0, c_0 = h_0.contiguous(), c_0.contiguous()
     plain = num_layers == 1 and bias and not bidirectional
     if plain and all(weight.dtype == x.dtype for weight in flat):  # autocast casts torch.lstm's
         return _run_one(x, flat, h_0, c_0, batch_first)
@@ -90,10 +90,13 @@ def run_dense(
 def _run_one(
     x: Tensor, flat: list[Tensor], h_0: Tensor, c_0: Tensor, batch_first: bool
 ) -> DenseOutput:
-    """What torch.lstm does for one layer in one direction, without its lists of layers."""
+    """What torch.lstm does for one layer in one direction, without its lists of layers.
+
+    The states are contiguous.
+    """
     if batch_first:
         x = x.transpose(0, 1)
-    x, h_0, c_0 = x.contiguous(), h_0.contiguous(), c_0.contiguous()
+    x = x.contiguous()
     if torch.is_grad_enabled():  # backward keeps the final states, and its own backward knows 2D
         output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0], c_0[0], reverse=False)
         h_n, c_n = h_n.unsqueeze(0).clone(), c_n.unsqueeze(0).clone()
@@ -118,8 +121,8 @@ def run_dense_rows(
     output, h_n, c_n = run_dense(
         rows.to(wide).reshape(-1, sequences, rows.shape[1]),
         [weight.to(wide).contiguous() for weight in flatten_weights(weights)],
-        h_0.to(wide).contiguous(),
-        c_0.to(wide).contiguous(),
+        h_0.to(wide),
+        c_0.to(wide),
         num_layers=1,
         bias=weights[0].bias_ih is not None,
         bidirectional=len(weights) == 2,

@@ -70,8 +70,8 @@ def run_padded(
             x,
             layout,
             weights if wide == dtype else [direction.to(wide) for direction in weights],
-            None if h_0 is None else h_0[states].contiguous(),
-            None if c_0 is None else c_0[states].contiguous(),
+            None if h_0 is None else h_0[states],
+            None if c_0 is None else c_0[states],
         )
         h_n.append(last_h)
         c_n.append(last_c)
