@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import onednn
-from fastrnn.recurrence import LayerOutput, flatten_weights
+from fastrnn.recurrence import LayerOutput
 from fastrnn.reference import LayerWeights
 
 
@@ -98,10 +98,10 @@ def _run_one(
         x = x.transpose(0, 1)
     x = x.contiguous()
     if torch.is_grad_enabled():  # backward keeps the final states, and its own backward knows 2D
-        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0], c_0[0], reverse=False)
+        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0], c_0[0])
         h_n, c_n = h_n.unsqueeze(0).clone(), c_n.unsqueeze(0).clone()
     else:
-        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0, c_0, reverse=False)
+        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0, c_0)
     return DenseOutput(output.transpose(0, 1) if batch_first else output, h_n, c_n)
 
 
@@ -120,11 +120,11 @@ def run_dense_rows(
     dtype, wide = rows.dtype, onednn.compute_dtype(rows.dtype)
     output, h_n, c_n = run_dense(
         rows.to(wide).reshape(-1, sequences, rows.shape[1]),
-        [weight.to(wide).contiguous() for weight in flatten_weights(weights)],
+        [w for direction in weights for w in onednn.operands(direction.to(wide), carry=False)],
         h_0.to(wide),
         c_0.to(wide),
         num_layers=1,
-        bias=weights[0].bias_ih is not None,
+        bias=True,
         bidirectional=len(weights) == 2,
         batch_first=False,
         dropout=0.0,

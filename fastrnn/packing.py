@@ -216,11 +216,6 @@ class RectangleLayout(Layout):
         return (~self.empty).nonzero().squeeze(1)
 
     @cached_property
-    def carry(self) -> Tensor:
-        """``[N, 1]`` float32, 1 where a row is padding: the carry feature of onednn.py."""
-        return self.empty.unsqueeze(1).to(torch.float32)
-
-    @cached_property
     def mirror(self) -> Tensor:
         """``[N]`` int64, for each row that of its sequence's opposite step; itself for padding."""
         mirror = torch.arange(self.rows, device="cpu")

@@ -4,10 +4,9 @@ Every layer is one call of torch's own LSTM over all steps: the carry feature of
 cell states of sequences that end early exact, zeros replace the input's padding, and outputs of
 padded steps are zero.
 
-torch differentiates these calls, and their backward too, so double backward needs nothing here, and
-in bfloat16 the cell states are rounded at every step, as nn.LSTM's are. A path of recurrence.py it
-is not: with so small a batch Python's share of a backward by hand costs more than torch's nodes do
-(B8 T50 H64: 0.39 ms against 0.14).
+torch differentiates these calls, and their backward too, so double backward needs nothing here. A
+path of recurrence.py it is not: with so small a batch Python's share of a backward by hand costs
+more than torch's nodes do (B8 T50 H64: 0.39 ms against 0.14).
 
 Limits: those of onednn.py. In the reverse direction padding comes first, and passes zero states
 only; with initial states of its own such a batch is packed.
@@ -25,7 +24,6 @@ from torch.nn import functional
 from fastrnn import onednn
 from fastrnn.dense import DenseOutput, run_dense
 from fastrnn.packing import PaddedLayout
-from fastrnn.recurrence import flatten_weights
 from fastrnn.reference import LayerWeights
 
 
@@ -87,18 +85,16 @@ def _run_layer(
     c_0: Tensor | None,
 ) -> DenseOutput:
     """One layer over ``[T, B, I]``; its output is zero in the padding."""
-    flat = [weight.contiguous() for weight in flatten_weights(weights)]
+    carry = layout.padding is not None
     if layout.padding is not None:
-        x = onednn.mask_with_carry(x, layout.padding)
-        each = len(flat) // len(weights)
-        flat[::each] = [onednn.with_carry_weights(ih) for ih in flat[::each]]
+        x = onednn.with_carry(x, layout.padding)
     output, h_n, c_n = run_dense(
         x,
-        flat,
+        [w for direction in weights for w in onednn.operands(direction, carry=carry)],
         h_0,
         c_0,
         num_layers=1,
-        bias=weights[0].bias_ih is not None,
+        bias=True,
         bidirectional=len(weights) == 2,
         batch_first=False,
         dropout=0.0,

@@ -1,8 +1,8 @@
 """How one layer of the recurrence is computed and differentiated, whatever computes it.
 
 A :class:`Path` computes a layer and its gradients without autograd; :class:`LSTMRecurrence`, the
-``torch.autograd.Function``, makes any of them differentiable. The paths are those of step_loop.py,
-rectangles.py and fused.py; what dense.py and padded.py call, torch differentiates. A backward that
+``torch.autograd.Function``, makes any of them differentiable. The paths are those of step_loop.py
+and fused.py; what dense.py, padded.py and rectangles.py call, torch differentiates. A backward that
 is itself differentiated goes through differentiable operations.
 
 16-bit inputs are computed in float32 and rounded once, at the output, where a path does not say
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrnn.reference import Forward, Gradients, LayerWeights, compute_dtype
+from fastrnn.reference import LayerWeights, compute_dtype
 
 # Compared with a device in every call: the name of its type is made anew each time, 3 us cold.
 CPU = torch.device("cpu")
@@ -120,49 +120,6 @@ def to_compute(*tensors: Tensor) -> list[Tensor]:
     if dtype == tensors[0].dtype:
         return [tensor.detach() for tensor in tensors]
     return [tensor.detach().to(dtype) for tensor in tensors]
-
-
-def layer_output(
-    results: Sequence[Forward], dtype: torch.dtype, *, cell_states: bool = False
-) -> LayerOutput:
-    """What a layer computes, rounded to ``dtype``, of what its directions did."""
-    return LayerOutput(
-        side_by_side([run.h for run in results]).to(dtype),
-        torch.stack([run.h_n for run in results]).to(dtype),
-        torch.stack([run.c_n for run in results]).to(dtype),
-        side_by_side([run.c for run in results if run.c is not None]).to(dtype)
-        if cell_states
-        else None,
-    )
-
-
-def layer_gradients(
-    results: Sequence[Gradients],
-    weights: Sequence[LayerWeights],
-    dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of rows, h_0, c_0 and each weight in ``dtype``, of those of each direction."""
-    d_rows: Tensor | None = None
-    for result in results:
-        if result.rows is not None:
-            d_rows = result.rows if d_rows is None else d_rows + result.rows
-    d_flat = [
-        gradient
-        for result, direction in zip(results, weights, strict=True)
-        for gradient, weight in zip(result.weights, direction, strict=True)
-        if weight is not None
-    ]
-    found = [
-        d_rows,
-        torch.stack([result.h_0 for result in results]),
-        torch.stack([result.c_0 for result in results]),
-        *d_flat,
-    ]
-    return [
-        None if gradient is None or not needed else gradient.to(dtype)
-        for gradient, needed in zip(found, needs, strict=True)
-    ]
 
 
 class Path(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastrnn import reference
@@ -19,13 +20,12 @@ from fastrnn.recurrence import (
     Memory,
     OutputGradients,
     columns,
-    layer_gradients,
-    layer_output,
     pad_rows,
+    side_by_side,
     to_compute,
     unflatten_weights,
 )
-from fastrnn.reference import Gradients, LayerWeights, compute_dtype
+from fastrnn.reference import Forward, Gradients, LayerWeights, compute_dtype
 
 
 class Call(NamedTuple):
@@ -83,8 +83,22 @@ def run_forward(
         )
         for index, direction in enumerate(call.unflatten(flat))
     ]
-    output = layer_output(results, dtype, cell_states=call.cell_states)
+    output = _layer_output(results, dtype, cell_states=call.cell_states)
     return output, [DirectionRun(run.c, run.saved) for run in results]
+
+
+def _layer_output(
+    results: Sequence[Forward], dtype: torch.dtype, *, cell_states: bool = False
+) -> LayerOutput:
+    """What a layer computes, rounded to ``dtype``, of what its directions did."""
+    return LayerOutput(
+        side_by_side([run.h for run in results]).to(dtype),
+        torch.stack([run.h_n for run in results]).to(dtype),
+        torch.stack([run.c_n for run in results]).to(dtype),
+        side_by_side([run.c for run in results if run.c is not None]).to(dtype)
+        if cell_states
+        else None,
+    )
 
 
 def run_backward(
@@ -119,7 +133,36 @@ def run_backward(
             needs_weights=_layer_needs(needs[3 + index * each :][:each], call),
         )
         results.append(result)
-    return layer_gradients(results, by_direction, dtype, needs)
+    return _layer_gradients(results, by_direction, dtype, needs)
+
+
+def _layer_gradients(
+    results: Sequence[Gradients],
+    weights: Sequence[LayerWeights],
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and each weight in ``dtype``, of those of each direction."""
+    d_rows: Tensor | None = None
+    for result in results:
+        if result.rows is not None:
+            d_rows = result.rows if d_rows is None else d_rows + result.rows
+    d_flat = [
+        gradient
+        for result, direction in zip(results, weights, strict=True)
+        for gradient, weight in zip(result.weights, direction, strict=True)
+        if weight is not None
+    ]
+    found = [
+        d_rows,
+        torch.stack([result.h_0 for result in results]),
+        torch.stack([result.c_0 for result in results]),
+        *d_flat,
+    ]
+    return [
+        None if gradient is None or not needed else gradient.to(dtype)
+        for gradient, needed in zip(found, needs, strict=True)
+    ]
 
 
 def _layer_needs(needs: Sequence[bool], call: Call) -> list[bool]:
@@ -146,7 +189,7 @@ def run_composite(
         )
         for index, weights in enumerate(call.unflatten(flat))
     ]
-    return layer_output(results, dtype, cell_states=call.cell_states)
+    return _layer_output(results, dtype, cell_states=call.cell_states)
 
 
 class StepLoop(NamedTuple):

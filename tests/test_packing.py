@@ -137,7 +137,6 @@ def check_rectangles(layout):
     rows = range(layout.rows)
     assert sorted([*layout.valid.tolist(), *layout.padding.tolist()]) == list(rows)
     assert layout.padding[-1] == slots
-    assert layout.carry.squeeze(1).nonzero().squeeze(1).tolist() == layout.padding.tolist()
     where = {(int(layout.step[r]), int(layout.sequence[r])): r for r in layout.valid.tolist()}
     lengths = layout.lengths.tolist()
     assert sorted(where) == sorted((t, s) for s, n in enumerate(lengths) for t in range(n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from unittest import mock
 
@@ -61,12 +62,12 @@ def calls():
         return run
 
     loop = counted("loop", reference.lstm_forward)
-    rects = counted("rectangles", rectangles._forward)
+    rects = counted("rectangles", rectangles._run_direction)
     padded = counted("padded", lstm_module.run_padded)
     rows = counted("padded", layer.run_dense_rows)
     with (
         mock.patch.object(reference, "lstm_forward", loop),
-        mock.patch.object(rectangles, "_forward", rects),
+        mock.patch.object(rectangles, "_run_direction", rects),
         mock.patch.object(lstm_module, "run_padded", padded),
         mock.patch.object(layer, "run_dense_rows", rows),
     ):
@@ -524,6 +525,27 @@ def test_gradients_are_the_same_with_and_without_a_graph_of_them(path):
     assert all(gradient.requires_grad for gradient in graphed)
     names = ["x", *(name for name, _ in lstm.named_parameters())]
     assert_agree(*(dict(zip(names, gradients)) for gradients in (graphed, plain)))
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_double_backward_in_16_bits(dtype, path):
+    lstm = make(num_layers=2, bidirectional=True).to(dtype)
+    x = torch.randn(T, B, I).to(dtype)
+
+    def penalty(lstm, x):
+        x = x.clone().requires_grad_()
+        outputs, (h_n, c_n) = lstm(x, lengths=LENGTHS)
+        loss = sum(output.float().square().sum() for output in (outputs, h_n, c_n))
+        (d_x,) = torch.autograd.grad(loss, x, create_graph=True)
+        found = torch.autograd.grad(d_x.float().square().sum(), [x, *lstm.parameters()])
+        return {str(index): gradient for index, gradient in enumerate(found)}
+
+    exact = penalty(copy.deepcopy(lstm).double(), x.double())
+    with forced(path):
+        found = penalty(lstm, x)
+    assert all(gradient.dtype == dtype for gradient in found.values())
+    assert_agree(found, exact, tolerance=0.1)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
