@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import costs
+from fastrnn.costs import LayerCosts
 from fastrnn.forms import Form, Packed, Padded
 from fastrnn.packing import (
     Layout,
@@ -24,8 +25,13 @@ from fastrnn.packing import (
     check_lengths,
     padded_layout,
     ragged_layout,
+    staircase,
 )
-from fastrnn.rectangles import plan
+from fastrnn.rectangles import least_seconds, plan
+
+# What a padded row of a batch that runs as it stands counts in training, in rows: as much of it is
+# kept for backward as of a valid one.
+PADDED_ROW = 1.25
 
 
 class Work(NamedTuple):
@@ -50,21 +56,44 @@ class Work(NamedTuple):
             sizes: of each step.
             packed: whether the input is packed as it comes. Default: False.
         """
-        size, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
-        cost = costs.layer_costs(
-            "rectangles", *size, train=self.train, threads=threads, dtype=self.dtype
-        )
-        found = plan(sizes, cost)
-        loop = costs.step_loop_seconds(
-            *(sum(sizes), len(sizes), *size), train=self.train, threads=threads, packed=packed
-        )
+        found = plan(sizes, self._rectangle_cost())
+        loop = self._step_loop_seconds(sum(sizes), len(sizes), packed=packed)
         return found.rectangles if found.seconds <= loop else None
 
-    def pad(self, rows: int, lengths: Sequence[int]) -> bool:
-        """Whether a padded batch of so many rows and these lengths is best run as it stands."""
-        size, threads = (self.input_size, self.hidden_size), torch.get_num_threads()
-        return costs.worth_padding(
-            rows, lengths, *size, train=self.train, threads=threads, dtype=self.dtype
+    def pad(self, steps: int, lengths: Sequence[int]) -> bool:
+        """Whether a padded batch of so many steps and these lengths is best run as it stands."""
+        valid, rows = sum(lengths), steps * len(lengths)
+        if valid == rows:
+            return True
+        padded = costs.padded_seconds(
+            valid + (rows - valid) * (PADDED_ROW if self.train else 1.0),
+            *(steps, self.input_size, self.hidden_size),
+            train=self.train,
+            threads=torch.get_num_threads(),
+            dtype=self.dtype,
+        )
+        if padded > self._step_loop_seconds(valid, max(lengths)):
+            return False
+        cost = self._rectangle_cost()
+        if padded <= least_seconds(lengths, cost):
+            return True
+        return padded <= plan(tuple(staircase(sorted(lengths, reverse=True))), cost).seconds
+
+    def _rectangle_cost(self) -> LayerCosts:
+        return costs.layer_costs(
+            *("rectangles", self.input_size, self.hidden_size),
+            train=self.train,
+            threads=torch.get_num_threads(),
+            dtype=self.dtype,
+        )
+
+    def _step_loop_seconds(self, rows: int, steps: int, *, packed: bool = False) -> float:
+        return costs.step_loop_seconds(
+            *(rows, steps, self.input_size, self.hidden_size),
+            train=self.train,
+            threads=torch.get_num_threads(),
+            dtype=self.dtype,
+            packed=packed,
         )
 
 
@@ -101,6 +130,6 @@ def arrange(
             lengths = check_lengths(lengths, form.batch, form.steps, exact=True)
             values = lengths.tolist()
             # None may be zero: its last valid step would be none.
-            if values and min(values) > 0 and work.pad(form.entries, values):
+            if values and min(values) > 0 and work.pad(form.steps, values):
                 return padded_layout(form.steps, lengths)
     return ragged_layout(form, lengths, mask, resets, cut=cut)

@@ -4,9 +4,9 @@ Seconds, linear in pieces (rectangles, or steps), in rows, and in the weights; f
 bench costs`` on one and on two threads with torch 2.13, to ragged batches of (I, H) from (12, 64)
 to (256, 512), B from 4 to 128 and T from 29 to 200. AVX2: an AMD EPYC (Zen 3), in earlier forms
 of the models; these also stand for processors without a fit of their own. AVX512, and bfloat16
-there: an Intel Xeon (Sapphire Rapids). A tenth off in the mean; padded's fixed costs in float32 are
-less than was fitted, by what that path has gained since. Only ratios matter: between the paths, and
-between one more call and some more rows. The path chosen takes 2 to 5 % longer than the best.
+there: an Intel Xeon (Sapphire Rapids), 4 to 16 % off in the mean, in bfloat16 8 to 20. Only ratios
+matter: between the paths, and between one more call and some more rows. The path chosen takes 1 to
+5 % longer than the best.
 
 W below is a direction's weights, 4H (I + H).
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -27,8 +26,8 @@ class LayerCosts(NamedTuple):
     Attributes:
         layer: once a direction: finding the rows, and moving them there and back.
         call: once a rectangle, or a step of the loop or of a padded batch. oneDNN packs the weights
-            anew in each rectangle, and compiles code for shapes it has not met, of which half is
-            reckoned with.
+            anew in each rectangle, and compiles code for shapes it has not met, of which a quarter
+            is reckoned with.
         row: of a row, padding included.
         step: of a step of a rectangle, in rows.
     """
@@ -69,54 +68,62 @@ _FITS: dict[tuple[str, Path, bool], tuple[_Fit, _Fit]] = {
         ((100e-6, 8.9e-9), (37e-6, 0.075e-9), (0.62e-6, 21e-12)),
     ),
     ("AVX512", "rectangles", True): (
-        ((1030e-6, 15e-9), (530e-6, 4.0e-9), (0.65e-6, 61e-12)),
-        ((1570e-6, 12e-9), (720e-6, 2.3e-9), (0.59e-6, 47e-12)),
+        ((331e-6, 18e-9), (563e-6, 4.5e-9), (1.4e-6, 66e-12)),
+        ((778e-6, 18e-9), (1250e-6, 2e-9), (0.97e-6, 46e-12)),
     ),
     ("AVX512", "rectangles", False): (
-        ((330e-6, 6.8e-9), (300e-6, 0.9e-9), (0.35e-6, 14.8e-12)),
-        ((790e-6, 8.7e-9), (310e-6, 0.3e-9), (0.18e-6, 12.2e-12)),
+        ((370e-6, 12e-9), (506e-6, 1.1e-9), (0.63e-6, 18e-12)),
+        ((605e-6, 5.1e-9), (432e-6, 1e-9), (0.51e-6, 11e-12)),
     ),
     ("AVX512", "padded", True): (
-        ((1000e-6, 0.0), (0.0, 0.06e-9), (0.43e-6, 68e-12)),
-        ((1200e-6, 0.0), (0.0, 0.0), (0.23e-6, 54e-12)),
+        ((931e-6, 0.0), (0.0, 0.0), (0.88e-6, 78e-12)),
+        ((1410e-6, 3.7e-9), (7.3e-6, 0.0), (0.67e-6, 50e-12)),
     ),
     ("AVX512", "padded", False): (
-        ((0.0, 13e-9), (0.0, 0.0), (0.36e-6, 12.2e-12)),
-        ((100e-6, 2.4e-9), (3.7e-6, 0.03e-9), (0.17e-6, 12.6e-12)),
+        ((421e-6, 11e-9), (0.0, 0.0), (0.44e-6, 18e-12)),
+        ((557e-6, 5.1e-9), (0.058e-6, 0.014e-9), (0.35e-6, 10e-12)),
     ),
     ("AVX512", "loop", True): (
-        ((500e-6, 0.0), (53e-6, 0.29e-9), (1.62e-6, 54e-12)),
-        ((0.0, 12.5e-9), (73e-6, 0.0), (2.06e-6, 59e-12)),
+        ((534e-6, 33e-9), (47e-6, 0.15e-9), (3e-6, 61e-12)),
+        ((0.0, 12e-9), (115e-6, 0.029e-9), (2.6e-6, 60e-12)),
     ),
     ("AVX512", "loop", False): (
-        ((330e-6, 16e-9), (19e-6, 0.03e-9), (0.62e-6, 17e-12)),
-        ((430e-6, 0.0), (32e-6, 0.07e-9), (0.56e-6, 22e-12)),
+        ((1150e-6, 1e-9), (41e-6, 0.13e-9), (0.85e-6, 22e-12)),
+        ((928e-6, 6.4e-9), (36e-6, 0.059e-9), (1.2e-6, 15e-12)),
     ),
     ("bfloat16", "rectangles", True): (
-        ((600e-6, 59e-9), (650e-6, 2.8e-9), (0.6e-6, 14e-12)),
-        ((670e-6, 57e-9), (1020e-6, 0.0), (0.9e-6, 10e-12)),
+        ((1500e-6, 38e-9), (600e-6, 5.5e-9), (0.62e-6, 18e-12)),
+        ((1090e-6, 45e-9), (1530e-6, 1.1e-9), (0.96e-6, 10e-12)),
     ),
     ("bfloat16", "rectangles", False): (
-        ((470e-6, 7.8e-9), (280e-6, 1.4e-9), (0.42e-6, 4.4e-12)),
-        ((590e-6, 7.3e-9), (540e-6, 0.0), (0.27e-6, 3.6e-12)),
+        ((314e-6, 6.5e-9), (414e-6, 0.62e-9), (0.73e-6, 4.4e-12)),
+        ((564e-6, 6.8e-9), (570e-6, 0.0), (0.32e-6, 2.8e-12)),
     ),
     ("bfloat16", "padded", True): (
-        ((1120e-6, 6.5e-9), (0.0, 0.19e-9), (0.44e-6, 21e-12)),
-        ((140e-6, 9.1e-9), (33e-6, 0.08e-9), (0.51e-6, 18e-12)),
+        ((2000e-6, 0.0), (0.0, 0.19e-9), (0.56e-6, 23e-12)),
+        ((446e-6, 0.0), (48e-6, 0.12e-9), (0.68e-6, 14e-12)),
     ),
     ("bfloat16", "padded", False): (
-        ((390e-6, 1.4e-9), (0.0, 0.05e-9), (0.31e-6, 5.0e-12)),
-        ((510e-6, 3.2e-9), (8.8e-6, 0.0), (0.1e-6, 3.7e-12)),
+        ((294e-6, 8.9e-9), (0.0, 0.0), (0.59e-6, 3.2e-12)),
+        ((93e-6, 3.1e-9), (14e-6, 0.0), (0.2e-6, 2.5e-12)),
+    ),
+    ("bfloat16", "loop", True): (
+        ((4900e-6, 0.0), (27e-6, 0.21e-9), (0.86e-6, 76e-12)),
+        ((1320e-6, 18e-9), (93e-6, 0.0), (3e-6, 38e-12)),
+    ),
+    ("bfloat16", "loop", False): (
+        ((1430e-6, 1.6e-9), (19e-6, 0.12e-9), (1.4e-6, 17e-12)),
+        ((0.0, 7.8e-9), (50e-6, 0.012e-9), (0.96e-6, 14e-12)),
     ),
 }
 # What the loop's layer does not cost where the rows are packed as they come, in training or not.
 _UNMOVED = {True: 0.6e-3, False: 0.3e-3}
 
 
-def _kind(path: Path, dtype: torch.dtype) -> str:
-    """Which fit holds on this processor for rows computed in ``dtype``."""
+def _kind(dtype: torch.dtype) -> str:
+    """Which fit holds on this processor where oneDNN computes in ``dtype``."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if dtype == torch.bfloat16 and path != "loop":
+    if dtype == torch.bfloat16:
         return "bfloat16"
     return "AVX512" if capability.startswith("AVX512") else "AVX2"
 
@@ -143,9 +150,7 @@ def layer_costs(
         dtype: that oneDNN computes in. Default: float32.
     """
     weights = 4 * hidden_size * (input_size + hidden_size)
-    one, two = (
-        tuple(a + b * weights for a, b in fit) for fit in _FITS[_kind(path, dtype), path, train]
-    )
+    one, two = (tuple(a + b * weights for a, b in fit) for fit in _FITS[_kind(dtype), path, train])
     return LayerCosts(*(_scaled(*pair, threads) for pair in zip(one, two, strict=True)))
 
 
@@ -165,6 +170,7 @@ def step_loop_seconds(
     *,
     train: bool,
     threads: int,
+    dtype: torch.dtype = torch.float32,
     packed: bool = False,
 ) -> float:
     """The model of reference.py.
@@ -172,46 +178,40 @@ def step_loop_seconds(
     Args:
         rows: valid steps of the batch.
         steps: of its longest sequence.
-        input_size: as in :func:`layer_costs`, and so are the next three.
+        input_size: as in :func:`layer_costs`, and so are the next four.
         hidden_size: see there.
         train: see there.
         threads: see there.
+        dtype: see there.
         packed: the input is a PackedSequence, whose rows stay where they are. Default: False.
     """
-    cost = layer_costs("loop", input_size, hidden_size, train=train, threads=threads)
+    size = (input_size, hidden_size)
+    cost = layer_costs("loop", *size, train=train, threads=threads, dtype=dtype)
     layer = max(0.0, cost.layer - _UNMOVED[train]) if packed else cost.layer
     return layer + steps * cost.call + rows * cost.row
 
 
-def worth_padding(
-    rows: int,
-    lengths: Sequence[int],
+def padded_seconds(
+    rows: float,
+    steps: int,
     input_size: int,
     hidden_size: int,
     *,
     train: bool,
     threads: int,
     dtype: torch.dtype = torch.float32,
-) -> bool:
-    """Whether computing the padding costs less than leaving it out: index work, plan and copies.
-
-    To find the best rectangles takes a part of what padding saves; two of which a sixth is padding
-    stand for them.
+) -> float:
+    """The model of padded.py.
 
     Args:
-        rows: of the padded batch.
-        lengths: of its sequences.
+        rows: of the padded batch, T * B.
+        steps: T.
         input_size: as in :func:`layer_costs`, and so are the next four.
         hidden_size: see there.
         train: see there.
         threads: see there.
         dtype: see there.
     """
-    size, valid = (input_size, hidden_size), sum(lengths)
-    padded = layer_costs("padded", *size, train=train, threads=threads, dtype=dtype)
-    cut = layer_costs("rectangles", *size, train=train, threads=threads, dtype=dtype)
-    steps = rows // len(lengths)
-    return padded.layer + steps * padded.call + rows * padded.row <= min(
-        cut.layer + 2 * cut.call + 1.2 * valid * cut.row,
-        step_loop_seconds(valid, max(lengths), *size, train=train, threads=threads),
-    )
+    size = (input_size, hidden_size)
+    cost = layer_costs("padded", *size, train=train, threads=threads, dtype=dtype)
+    return cost.layer + steps * cost.call + rows * cost.row

@@ -360,7 +360,7 @@ def ragged_layout(
     if not exact:
         return _bounded(found)
     on_host = length.tolist()
-    sizes = _staircase(on_host)
+    sizes = staircase(on_host)
     rectangles = cut(tuple(sizes)) if cut is not None and sizes else None
     if rectangles:
         return _in_rectangles(found, on_host, sizes, tuple(rectangles))
@@ -393,7 +393,7 @@ def cut_rows(sizes: Sequence[int], sequences: int, cut: Cut) -> RectangleLayout 
     rectangles = cut(tuple(sizes)) if sizes else None
     if not rectangles:
         return None
-    lengths = _staircase(sizes)
+    lengths = staircase(sizes)
     lengths += [0] * (sequences - len(lengths))
     order = torch.arange(sequences, device="cpu")
     length = torch.tensor(lengths, dtype=torch.int64, device="cpu")
@@ -549,7 +549,7 @@ def _on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
-def _staircase(lengths: Sequence[int]) -> list[int]:
+def staircase(lengths: Sequence[int]) -> list[int]:
     """Of lengths sorted from long to short, how many are longer than 0, 1, 2, ...
 
     Of those numbers it gives the lengths again, without the zeros.

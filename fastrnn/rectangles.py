@@ -98,6 +98,16 @@ def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:
     return Plan(tuple(reversed(rectangles)), cost.layer + best[-1])
 
 
+def least_seconds(lengths: Sequence[int], cost: LayerCosts) -> float:
+    """What no plan for sequences of these lengths costs less than, without one."""
+    longest = max(lengths)
+    one, more = (
+        calls * cost.call + cost.row * (rows + longest * cost.step)
+        for calls, rows in ((1, longest * len(lengths)), (2, sum(lengths)))
+    )
+    return cost.layer + min(one, more)
+
+
 @functools.lru_cache(maxsize=4096)
 def _rounded(size: int, most: int) -> int:
     """``size`` rounded up to a width that other batches have too."""
@@ -157,6 +167,8 @@ def _run_direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs ``[N, H]`` and final states ``[S, H]``, of rows in the order that it walks."""
     flat = onednn.operands(weights, carry=layout.has_padding)
+    # In bfloat16 the gradients of all rectangles are added up in float32, and rounded once.
+    exact = [weight.float() for weight in flat]
     if layout.has_padding:
         rows = onednn.with_carry(rows, layout.padding)
     h_0, outputs, ended = h, [], []
@@ -168,6 +180,7 @@ def _run_direction(
             h = h[:width]
             ended.append(end)
         x = part.view(last - first, width, part.shape[1])
+        flat = [weight.to(rows.dtype) for weight in exact]
         output, h, c, _ = onednn.one_layer(x, flat, h.contiguous(), c.contiguous())
         outputs.append(output.flatten(0, 1))
     outputs.append(h.new_zeros(1, h.shape[1]))

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import costs, onednn
+from fastrnn.arrange import Work
 from fastrnn.costs import LayerCosts
 
 # Of a tensor's largest entry: a few roundings, times the square root of the terms that are summed.
@@ -113,7 +114,7 @@ def forced(path):
         def patch(module, name, value):
             stack.enter_context(mock.patch.object(module, name, lambda *_, **__: value))
 
-        patch(costs, "worth_padding", path == "padded")
+        patch(Work, "pad", path == "padded")
         if path == "loop":
             patch(onednn, "available", False)
         else:
@@ -307,14 +308,19 @@ def assert_identical(actual, expected):
 
 
 def assert_within_budget(found, low, exact, dtype):
-    """Error against float64 at most twice the low-precision LSTM's and one rounding."""
+    """Error against float64 at most 1.5 times the low-precision LSTM's and one rounding.
+
+    In the mean of squares: the largest of a few numbers scatters by more than that.
+    """
     assert found.keys() == low.keys() == exact.keys()
     for name, right in exact.items():
-        error, their_error = (
-            (value[name].double() - right).abs().max().item() for value in (found, low)
-        )
-        rounding = torch.finfo(dtype).eps / 2 * right.abs().max().item()
-        assert error <= 2 * (their_error + rounding), (name, error, their_error, rounding)
+        error, their_error = (_mean(value[name].double() - right) for value in (found, low))
+        rounding = torch.finfo(dtype).eps / 2 * _mean(right)
+        assert error <= 1.5 * (their_error + rounding), (name, error, their_error, rounding)
+
+
+def _mean(values):
+    return values.square().mean().sqrt().item()
 
 
 # --- the forms a ragged batch comes in -----------------------------------------------------------

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fastrnn.costs import LayerCosts
-from fastrnn.packing import Rectangle, cut_rows
-from fastrnn.rectangles import MOST_PLACES, plan, run_rectangles
+from fastrnn.packing import Rectangle, cut_rows, staircase
+from fastrnn.rectangles import MOST_PLACES, least_seconds, plan, run_rectangles
 from fastrnn.recurrence import unflatten_weights
 from fastrnn.reference import LayerWeights, lstm_backward, lstm_forward
 from tests.oracle import assert_agree, assert_identical
@@ -48,6 +48,11 @@ def price(pieces, cost):
 
 
 # --- where to cut --------------------------------------------------------------------------------
+
+
+@given(sizes=staircases, cost=cost_models)
+def test_no_plan_costs_less_than_the_least(sizes, cost):
+    assert least_seconds(staircase(sizes), cost) <= plan(sizes, cost).seconds * (1 + 1e-9)
 
 
 @given(sizes=staircases, cost=cost_models)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fastrnn
 from fastrnn import costs, layer, rectangles, reference
 from fastrnn import lstm as lstm_module
+from fastrnn.arrange import Work
 from tests.oracle import (
     PATHS,
     answer,
@@ -82,7 +83,7 @@ def calls():
 )
 def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monkeypatch):
     monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: loop_seconds)
-    monkeypatch.setattr(costs, "worth_padding", lambda *_, **__: padding)
+    monkeypatch.setattr(Work, "pad", lambda *_: padding)
     with torch.set_grad_enabled(train):
         make()(torch.randn(T, B, I), lengths=LENGTHS)
     assert calls == {"loop": 0, "rectangles": 0, "padded": 0, path: 1}
@@ -96,7 +97,7 @@ def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(m
         return 0.0
 
     monkeypatch.setattr(costs, "step_loop_seconds", step_loop_seconds)
-    monkeypatch.setattr(costs, "worth_padding", lambda *_, **__: False)
+    monkeypatch.setattr(Work, "pad", lambda *_: False)
     lstm, x = make(), torch.randn(T, B, I)
     lstm(x, lengths=LENGTHS)
     with torch.no_grad():
