@@ -39,7 +39,7 @@ class Options:
     Attributes:
         threads: thread settings, one after the other.
         budget: seconds of timing for each case; a case takes longer where min_rounds do.
-        min_rounds: of each case; and processes for a small measurement of memory.
+        min_rounds: of each case, times its section's.
         repeat: rotate among this many batches; 0 for new ones in every round.
         quick: the small shapes only.
         shapes: the user's own; none for the standard ones.
@@ -63,9 +63,14 @@ class Options:
         return not changed
 
     @property
-    def effort(self) -> Effort:
+    def servers(self) -> int:
+        """Whose median a small measurement of memory is."""
+        return 1 if self.quick else 2 * self.min_rounds - 1
+
+    def effort(self, case: Case) -> Effort:
         """What one case takes."""
-        return Effort(CPU, self.budget, self.min_rounds, repeat=self.repeat, clock=self.clock)
+        rounds = self.min_rounds * SECTIONS[case.section].rounds
+        return Effort(CPU, self.budget, rounds, repeat=self.repeat, clock=self.clock)
 
     def select(self) -> list[Case]:
         """The cases asked for, those on memory last."""
@@ -119,13 +124,14 @@ def run(options: Options, path: Path, console: Console) -> int:
     console.print(tables.heading(record))
     before = torch.get_num_threads()
     try:
-        status = runner.run(
-            _jobs(cases, options),
-            record,
-            path,
-            console,
-            table=lambda group: tables.section_table(group, console.width),
-        )
+        with memory.Servers(options.servers) as servers:
+            status = runner.run(
+                _jobs(cases, options, servers),
+                record,
+                path,
+                console,
+                table=lambda group: tables.section_table(group, console.width),
+            )
     finally:
         torch.set_num_threads(before)
     record["complete"] = options.complete and status == 0
@@ -135,7 +141,7 @@ def run(options: Options, path: Path, console: Console) -> int:
     return status
 
 
-def _jobs(cases: list[Case], options: Options) -> list[Job]:
+def _jobs(cases: list[Case], options: Options, servers: memory.Servers) -> list[Job]:
     pairs = [
         (case, threads)
         for threads in options.threads
@@ -144,18 +150,19 @@ def _jobs(cases: list[Case], options: Options) -> list[Job]:
         if case.section != "memory" or threads == max(options.threads)
     ]
     pairs.sort(key=lambda pair: pair[0].section == "memory")
-    return [_job(case, threads, options) for case, threads in pairs]
+    return [_job(case, threads, options, servers) for case, threads in pairs]
 
 
-def _job(case: Case, threads: int, options: Options) -> Job:
+def _job(case: Case, threads: int, options: Options, servers: memory.Servers) -> Job:
     base = base_record(case, threads=threads)
 
     def fill(record: Record, advance: Advance) -> None:
         torch.set_num_threads(threads)
         if case.section == "memory":
-            _fill_memory(record, case, threads, options.min_rounds, advance)
+            _fill_memory(record, case, threads, servers, advance)
         else:
-            fill_times(record, case, SECTIONS[case.section].providers, options.effort, advance)
+            providers = SECTIONS[case.section].providers
+            fill_times(record, case, providers, options.effort(case), advance)
 
     return Job(
         base,
@@ -175,17 +182,17 @@ def _expected_seconds(case: Case, options: Options) -> float:
         return 1.0 + memory.STEPS * 1.5 * packed
     round_seconds = 1.4 * packed
     # Before the rounds, one of every provider and one of nn.LSTM in float64.
-    return max(options.budget, options.min_rounds * round_seconds) + 3 * round_seconds
+    return max(options.budget, options.effort(case).min_rounds * round_seconds) + 3 * round_seconds
 
 
 def _fill_memory(
-    record: Record, case: Case, threads: int, processes: int, advance: Advance
+    record: Record, case: Case, threads: int, servers: memory.Servers, advance: Advance
 ) -> None:
     names = SECTIONS["memory"].providers
     peaks = {}
     for index, name in enumerate(names):
         try:
-            peaks[name] = memory.peak_bytes(name, case, threads, processes)
+            peaks[name] = servers.peak_bytes(name, case, threads)
         except RuntimeError as error:
             raise Failed(str(error)) from error
         advance((index + 1) / len(names))

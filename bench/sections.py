@@ -34,12 +34,15 @@ class Section(NamedTuple):
 
     Attributes:
         providers: who is measured; of those of ``python -m bench lstm``, who always is.
+        targets: what is asked.
+        rounds: how many times as many as elsewhere, at least: more where a target is near 1.
     """
 
     title: str
     note: str
     providers: tuple[str, ...]
     targets: tuple[Target, ...]
+    rounds: int = 1
 
 
 MEMORY_RESOLUTION = 2**20  # bytes; what one measurement may be off by
@@ -64,6 +67,7 @@ CPU_SECTIONS = {
         "no lengths given",
         ("fastrnn", "padded"),
         (Target(("padded",), worst=0.97),),
+        rounds=7,
     ),
     "variants": Section(
         "Other dtypes, layers and directions",
