@@ -85,10 +85,33 @@ def _run_layer(
     c_0: Tensor | None,
 ) -> DenseOutput:
     """One layer over ``[T, B, I]``; its output is zero in the padding."""
-    carry = layout.padding is not None
-    if layout.padding is not None:
-        x = onednn.with_carry(x, layout.padding)
-    output, h_n, c_n = run_dense(
+    padding, last = layout.padding, layout.last
+    if padding is None or last is None:
+        return _dense(x, weights, h_0, c_0, carry=False)
+    x, hidden_size = onednn.with_carry(x, padding), weights[0].hidden_size
+    if len(weights) == 2:
+        output, h_n, c_n = _dense(x, weights, h_0, c_0, carry=True)
+    else:  # the same, without what is made anew here
+        if h_0 is None or c_0 is None:
+            h_0 = c_0 = x.new_zeros(1, x.shape[1], hidden_size)
+        flat = onednn.operands(weights[0], carry=True)
+        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0].contiguous(), c_0[0].contiguous())
+        c_n = c_n.unsqueeze(0).clone()  # backward keeps the operator's own
+    end = _Ended.apply if output.requires_grad else _end
+    output, own = end(output, padding, last.expand(-1, -1, hidden_size))
+    # The last step may be padding; the reverse direction's is the first.
+    return DenseOutput(output, own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n)
+
+
+def _dense(
+    x: Tensor,
+    weights: Sequence[LayerWeights],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    *,
+    carry: bool,
+) -> DenseOutput:
+    return run_dense(
         x,
         [w for direction in weights for w in onednn.operands(direction, carry=carry)],
         h_0,
@@ -99,12 +122,6 @@ def _run_layer(
         batch_first=False,
         dropout=0.0,
     )
-    if layout.padding is None or layout.last is None:
-        return DenseOutput(output, h_n, c_n)
-    last = layout.last.expand(-1, -1, h_n.shape[2])
-    output, own = (_Ended.apply if output.requires_grad else _end)(output, layout.padding, last)
-    # The last step may be padding; the reverse direction's is the first.
-    return DenseOutput(output, own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n)
 
 
 def _end(output: Tensor, padding: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
