@@ -131,5 +131,6 @@ def arrange(
             values = lengths.tolist()
             # None may be zero: its last valid step would be none.
             if values and min(values) > 0 and work.pad(form.steps, values):
-                return padded_layout(form.steps, lengths)
+                full = min(values) == form.steps
+                return PaddedLayout() if full else padded_layout(form.steps, lengths)
     return ragged_layout(form, lengths, mask, resets, cut=cut)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn.blanking import blank_
 from fastrnn.packing import (
     Cut,
     Layout,
@@ -25,7 +26,7 @@ from fastrnn.packing import (
 
 
 def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
-    return flat.index_select(0, layout.gather).index_fill_(0, layout.padding, 0.0)
+    return blank_(flat.index_select(0, layout.gather), layout.keep)
 
 
 class _IntoRectangles(torch.autograd.Function):

@@ -33,6 +33,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fastrnn.blanking import keep_bits
+
 Lengths: TypeAlias = Tensor | Sequence[int]
 
 
@@ -149,16 +151,26 @@ class PackedLayout(Layout):
         return self.batch_sizes.to(device, non_blocking=True)
 
 
+class Padding(NamedTuple):
+    """Where a padded batch holds no sequence.
+
+    Attributes:
+        keep: ``[T, B, 1]``, of blanking.py.
+        last: ``[1, B, 1]`` int64, the last valid step of each sequence.
+    """
+
+    keep: Tensor
+    last: Tensor
+
+
 class PaddedLayout(NamedTuple):
     """A padded batch on the CPU that stays as it is.
 
     Attributes:
-        padding: int64, the steps that are padding, as indices into ``[T * B]``. None: none is.
-        last: ``[1, B, 1]`` int64, the last valid step of each sequence.
+        padding: None where there is none.
     """
 
-    padding: Tensor | None = None
-    last: Tensor | None = None
+    padding: Padding | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,12 +215,12 @@ class RectangleLayout(Layout):
     @property
     def has_padding(self) -> bool:
         """Whether a rectangle holds a step that is not valid."""
-        return self.padding.shape[0] > 1
+        return self.rows - 1 > sum(self.sizes)
 
     @cached_property
-    def padding(self) -> Tensor:
-        """int64, rows that are padding, the last of all among them."""
-        return self.empty.nonzero().squeeze(1)
+    def keep(self) -> Tensor:
+        """``[N, 1]``, of blanking.py."""
+        return keep_bits(self.empty)
 
     @cached_property
     def valid(self) -> Tensor:
@@ -288,10 +300,8 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
         steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    padding = (_steps(steps) >= lengths).view(-1).nonzero().view(-1)
-    if not padding.shape[0]:
-        return PaddedLayout()
-    return PaddedLayout(padding, (lengths - 1).view(1, -1, 1))
+    keep = keep_bits(_steps(steps) >= lengths)
+    return PaddedLayout(Padding(keep, (lengths - 1).view(1, -1, 1)))
 
 
 @functools.lru_cache(maxsize=64)

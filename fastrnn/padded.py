@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn import onednn
+from fastrnn.blanking import blank_, blanked
 from fastrnn.dense import DenseOutput, run_dense
 from fastrnn.packing import PaddedLayout
 from fastrnn.reference import LayerWeights
@@ -85,10 +86,10 @@ def _run_layer(
     c_0: Tensor | None,
 ) -> DenseOutput:
     """One layer over ``[T, B, I]``; its output is zero in the padding."""
-    padding, last = layout.padding, layout.last
-    if padding is None or last is None:
+    padding, hidden_size = layout.padding, weights[0].hidden_size
+    if padding is None:
         return _dense(x, weights, h_0, c_0, carry=False)
-    x, hidden_size = onednn.with_carry(x, padding), weights[0].hidden_size
+    x = onednn.with_carry(x, padding.keep)
     if len(weights) == 2:
         output, h_n, c_n = _dense(x, weights, h_0, c_0, carry=True)
     else:  # the same, without what is made anew here
@@ -98,7 +99,7 @@ def _run_layer(
         output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0].contiguous(), c_0[0].contiguous())
         c_n = c_n.unsqueeze(0).clone()  # backward keeps the operator's own
     end = _Ended.apply if output.requires_grad else _end
-    output, own = end(output, padding, last.expand(-1, -1, hidden_size))
+    output, own = end(output, padding.keep, padding.last.expand(-1, -1, hidden_size))
     # The last step may be padding; the reverse direction's is the first.
     return DenseOutput(output, own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n)
 
@@ -124,11 +125,9 @@ def _dense(
     )
 
 
-def _end(output: Tensor, padding: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _end(output: Tensor, keep: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs, zero in the padding from now on, and a direction's at the last valid steps."""
-    own = output.gather(0, last)
-    output.flatten(0, 1).index_fill_(0, padding, 0.0)
-    return output, own
+    return blank_(output, keep), output.gather(0, last)
 
 
 class _Ended(torch.autograd.Function):
@@ -138,15 +137,13 @@ class _Ended(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, padding: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.padding, ctx.last = padding, last
-        return _end(output.clone(), padding, last)
+    def forward(ctx: Any, output: Tensor, keep: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.keep, ctx.last = keep, last
+        return blanked(output, keep), output.gather(0, last)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None]:
-        d_output = d_output.clone(memory_format=torch.contiguous_format)
-        d_output.flatten(0, 1).index_fill_(0, ctx.padding, 0.0)
-        return d_output.scatter_add_(0, ctx.last, d_own), None, None
+        return blanked(d_output, ctx.keep).scatter_add_(0, ctx.last, d_own), None, None
 
 
 def _stacked(states: Sequence[Tensor]) -> Tensor:

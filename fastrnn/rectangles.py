@@ -170,7 +170,7 @@ def _run_direction(
     # In bfloat16 the gradients of all rectangles are added up in float32, and rounded once.
     exact = [weight.float() for weight in flat]
     if layout.has_padding:
-        rows = onednn.with_carry(rows, layout.padding)
+        rows = onednn.with_carry(rows, layout.keep)
     h_0, outputs, ended = h, [], []
     counts = [(last - first) * width for first, last, width in layout.rectangles]
     parts = rows.split([*counts, 1])

@@ -135,8 +135,10 @@ def check_rectangles(layout):
     slots = sum((last - first) * sequences for first, last, sequences in layout.rectangles)
     assert layout.rows == slots + 1
     rows = range(layout.rows)
-    assert sorted([*layout.valid.tolist(), *layout.padding.tolist()]) == list(rows)
-    assert layout.padding[-1] == slots
+    padding = (layout.keep.squeeze(1) == 0).nonzero().squeeze(1).tolist()
+    assert sorted([*layout.valid.tolist(), *padding]) == list(rows)
+    assert padding[-1] == slots
+    assert layout.has_padding == (len(padding) > 1)
     where = {(int(layout.step[r]), int(layout.sequence[r])): r for r in layout.valid.tolist()}
     lengths = layout.lengths.tolist()
     assert sorted(where) == sorted((t, s) for s, n in enumerate(lengths) for t in range(n))
