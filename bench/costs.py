@@ -181,9 +181,8 @@ def _arrangements(path: costs.Path, shape: Shape, train: bool) -> list[_Arrangem
         return [_Arrangement(padded)]
     if path == "loop":
         return [_Arrangement(ragged_layout)]
-    cost = costs.layer_costs(
-        path, shape.input_size, shape.hidden_size, train=train, threads=torch.get_num_threads()
-    )
+    size, threads = (shape.input_size, shape.hidden_size), torch.get_num_threads()
+    cost = costs.costs_of(*size, train, threads, torch.float32).rectangles
 
     def cut_by(call: float) -> Callable[[Any, Tensor], AnyLayout]:
         priced = cost._replace(call=call)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrnn import costs
-from fastrnn.costs import LayerCosts
+from fastrnn.costs import Costs
 from fastrnn.forms import Form, Packed, Padded
 from fastrnn.packing import (
     Layout,
@@ -56,45 +56,27 @@ class Work(NamedTuple):
             sizes: of each step.
             packed: whether the input is packed as it comes. Default: False.
         """
-        found = plan(sizes, self._rectangle_cost())
-        loop = self._step_loop_seconds(sum(sizes), len(sizes), packed=packed)
+        models = self._costs()
+        found = plan(sizes, models.rectangles)
+        loop = (models.packed if packed else models.loop).seconds(len(sizes), sum(sizes))
         return found.rectangles if found.seconds <= loop else None
 
     def pad(self, steps: int, lengths: Sequence[int]) -> bool:
         """Whether a padded batch of so many steps and these lengths is best run as it stands."""
         valid, rows = sum(lengths), steps * len(lengths)
-        if valid == rows:
-            return True
-        padded = costs.padded_seconds(
-            valid + (rows - valid) * (PADDED_ROW if self.train else 1.0),
-            *(steps, self.input_size, self.hidden_size),
-            train=self.train,
-            threads=torch.get_num_threads(),
-            dtype=self.dtype,
-        )
-        if padded > self._step_loop_seconds(valid, max(lengths)):
+        models = self._costs()
+        weighed = valid + (rows - valid) * (PADDED_ROW if self.train else 1.0)
+        padded = models.padded.seconds(steps, weighed)
+        if padded > models.loop.seconds(max(lengths), valid):
             return False
-        cost = self._rectangle_cost()
-        if padded <= least_seconds(lengths, cost):
+        if padded <= least_seconds(lengths, models.rectangles):
             return True
-        return padded <= plan(tuple(staircase(sorted(lengths, reverse=True))), cost).seconds
+        sizes = tuple(staircase(sorted(lengths, reverse=True)))
+        return padded <= plan(sizes, models.rectangles).seconds
 
-    def _rectangle_cost(self) -> LayerCosts:
-        return costs.layer_costs(
-            *("rectangles", self.input_size, self.hidden_size),
-            train=self.train,
-            threads=torch.get_num_threads(),
-            dtype=self.dtype,
-        )
-
-    def _step_loop_seconds(self, rows: int, steps: int, *, packed: bool = False) -> float:
-        return costs.step_loop_seconds(
-            *(rows, steps, self.input_size, self.hidden_size),
-            train=self.train,
-            threads=torch.get_num_threads(),
-            dtype=self.dtype,
-            packed=packed,
-        )
+    def _costs(self) -> Costs:
+        threads = torch.get_num_threads()
+        return costs.costs_of(self.input_size, self.hidden_size, self.train, threads, self.dtype)
 
 
 def arrange(
@@ -129,8 +111,10 @@ def arrange(
         if on_host and mask is None and resets is None:
             lengths = check_lengths(lengths, form.batch, form.steps, exact=True)
             values = lengths.tolist()
+            least = min(values, default=0)
+            if least == form.steps:
+                return PaddedLayout()
             # None may be zero: its last valid step would be none.
-            if values and min(values) > 0 and work.pad(form.steps, values):
-                full = min(values) == form.steps
-                return PaddedLayout() if full else padded_layout(form.steps, lengths)
+            if least > 0 and work.pad(form.steps, values):
+                return padded_layout(form.steps, lengths)
     return ragged_layout(form, lengths, mask, resets, cut=cut)

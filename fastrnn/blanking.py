@@ -35,15 +35,14 @@ def blanked(x: Tensor, keep: Tensor) -> Tensor:
 
 def blank_(x: Tensor, keep: Tensor) -> Tensor:
     """The same in place and without autograd; returns ``x``."""
-    integer = _INTEGERS[x.element_size()]
-    x.detach().view(integer).bitwise_and_(keep.to(integer))
+    x.detach().view(_INTEGERS[x.element_size()]).bitwise_and_(keep)
     return x
 
 
 def _blanked(x: Tensor, keep: Tensor) -> Tensor:
     integer = _INTEGERS[x.element_size()]
     bits = torch.empty(x.shape, dtype=integer, device=x.device)
-    torch.bitwise_and(x.view(integer), keep.to(integer), out=bits)
+    torch.bitwise_and(x.view(integer), keep, out=bits)
     return bits.view(x.dtype)
 
 

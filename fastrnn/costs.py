@@ -37,6 +37,26 @@ class LayerCosts(NamedTuple):
     row: float
     step: float = 0.5
 
+    def seconds(self, calls: float, rows: float) -> float:
+        """Of so many calls over so many rows."""
+        return self.layer + calls * self.call + rows * self.row
+
+
+class Costs(NamedTuple):
+    """The models of all paths, for given weights and threads.
+
+    Attributes:
+        rectangles: of rectangles.py.
+        padded: of padded.py.
+        loop: of step_loop.py.
+        packed: the same where the rows are packed as they come, and stay where they are.
+    """
+
+    rectangles: LayerCosts
+    padded: LayerCosts
+    loop: LayerCosts
+    packed: LayerCosts
+
 
 Path: TypeAlias = Literal["rectangles", "padded", "loop"]
 PATHS: tuple[Path, ...] = get_args(Path)
@@ -129,29 +149,28 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def layer_costs(
-    path: Path,
-    input_size: int,
-    hidden_size: int,
-    *,
-    train: bool,
-    threads: int,
-    dtype: torch.dtype = torch.float32,
-) -> LayerCosts:
-    """The model of a path.
+def costs_of(
+    input_size: int, hidden_size: int, train: bool, threads: int, dtype: torch.dtype
+) -> Costs:
+    """The models.
 
     Args:
-        path: "rectangles", "padded" or "loop": rectangles.py, padded.py, reference.py.
         input_size: I.
         hidden_size: H.
         train: forward and backward, rather than forward alone.
         threads: torch's. More than two are reckoned with as if each doubling saved as much as the
             first.
-        dtype: that oneDNN computes in. Default: float32.
+        dtype: that oneDNN computes in.
     """
-    weights = 4 * hidden_size * (input_size + hidden_size)
-    one, two = (tuple(a + b * weights for a, b in fit) for fit in _FITS[_kind(dtype), path, train])
-    return LayerCosts(*(_scaled(*pair, threads) for pair in zip(one, two, strict=True)))
+    kind, weights = _kind(dtype), 4 * hidden_size * (input_size + hidden_size)
+
+    def cost(path: Path) -> LayerCosts:
+        one, two = (tuple(a + b * weights for a, b in fit) for fit in _FITS[kind, path, train])
+        return LayerCosts(*(_scaled(*pair, threads) for pair in zip(one, two, strict=True)))
+
+    loop = cost("loop")
+    packed = loop._replace(layer=max(0.0, loop.layer - _UNMOVED[train]))
+    return Costs(cost("rectangles"), cost("padded"), loop, packed)
 
 
 def _scaled(one: float, two: float, threads: int) -> float:
@@ -160,58 +179,3 @@ def _scaled(one: float, two: float, threads: int) -> float:
         return one
     doubling = min(two / one, 1.0) if one else 1.0
     return two * math.pow(doubling, math.log2(threads / 2))
-
-
-def step_loop_seconds(
-    rows: int,
-    steps: int,
-    input_size: int,
-    hidden_size: int,
-    *,
-    train: bool,
-    threads: int,
-    dtype: torch.dtype = torch.float32,
-    packed: bool = False,
-) -> float:
-    """The model of reference.py.
-
-    Args:
-        rows: valid steps of the batch.
-        steps: of its longest sequence.
-        input_size: as in :func:`layer_costs`, and so are the next four.
-        hidden_size: see there.
-        train: see there.
-        threads: see there.
-        dtype: see there.
-        packed: the input is a PackedSequence, whose rows stay where they are. Default: False.
-    """
-    size = (input_size, hidden_size)
-    cost = layer_costs("loop", *size, train=train, threads=threads, dtype=dtype)
-    layer = max(0.0, cost.layer - _UNMOVED[train]) if packed else cost.layer
-    return layer + steps * cost.call + rows * cost.row
-
-
-def padded_seconds(
-    rows: float,
-    steps: int,
-    input_size: int,
-    hidden_size: int,
-    *,
-    train: bool,
-    threads: int,
-    dtype: torch.dtype = torch.float32,
-) -> float:
-    """The model of padded.py.
-
-    Args:
-        rows: of the padded batch, T * B.
-        steps: T.
-        input_size: as in :func:`layer_costs`, and so are the next four.
-        hidden_size: see there.
-        train: see there.
-        threads: see there.
-        dtype: see there.
-    """
-    size = (input_size, hidden_size)
-    cost = layer_costs("padded", *size, train=train, threads=threads, dtype=dtype)
-    return cost.layer + steps * cost.call + rows * cost.row

@@ -103,18 +103,19 @@ def operands(weights: LayerWeights, *, carry: bool) -> list[Tensor]:
     return [ih, hh, weights.bias_ih.contiguous(), weights.bias_hh.contiguous()]
 
 
-def with_carry(x: Tensor, keep: Tensor) -> Tensor:
+def with_carry(x: Tensor, empty: Tensor, keep: Tensor) -> Tensor:
     """``[..., I]`` with the carry feature, and zeros in the padding.
 
     The gradient there is zero without a mask, as every gate's is.
 
     Args:
         x: ``[..., I]``.
-        keep: ``[..., 1]``, of blanking.py.
+        empty: bool ``[...]``, what is padding.
+        keep: its, of blanking.py.
     """
-    carry = (keep + 1).to(x.dtype)
+    carry = empty.unsqueeze(-1).to(x.dtype)
     wide = torch.cat([x, *[carry] * _carry_columns(x)], -1)
-    blank_(wide.detach()[..., : x.shape[-1]], keep)
+    blank_(wide[..., : x.shape[-1]], keep)
     return wide
 
 

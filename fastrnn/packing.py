@@ -155,10 +155,12 @@ class Padding(NamedTuple):
     """Where a padded batch holds no sequence.
 
     Attributes:
+        empty: ``[T, B]`` bool.
         keep: ``[T, B, 1]``, of blanking.py.
         last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
+    empty: Tensor
     keep: Tensor
     last: Tensor
 
@@ -300,8 +302,8 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
         steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    keep = keep_bits(_steps(steps) >= lengths)
-    return PaddedLayout(Padding(keep, (lengths - 1).view(1, -1, 1)))
+    empty = _steps(steps) >= lengths
+    return PaddedLayout(Padding(empty, keep_bits(empty), (lengths - 1).view(1, -1, 1)))
 
 
 @functools.lru_cache(maxsize=64)

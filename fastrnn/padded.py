@@ -89,7 +89,7 @@ def _run_layer(
     padding, hidden_size = layout.padding, weights[0].hidden_size
     if padding is None:
         return _dense(x, weights, h_0, c_0, carry=False)
-    x = onednn.with_carry(x, padding.keep)
+    x = onednn.with_carry(x, padding.empty, padding.keep)
     if len(weights) == 2:
         output, h_n, c_n = _dense(x, weights, h_0, c_0, carry=True)
     else:  # the same, without what is made anew here

@@ -101,11 +101,9 @@ def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:
 def least_seconds(lengths: Sequence[int], cost: LayerCosts) -> float:
     """What no plan for sequences of these lengths costs less than, without one."""
     longest = max(lengths)
-    one, more = (
-        calls * cost.call + cost.row * (rows + longest * cost.step)
-        for calls, rows in ((1, longest * len(lengths)), (2, sum(lengths)))
-    )
-    return cost.layer + min(one, more)
+    between = longest * cost.step
+    one = cost.seconds(1, longest * len(lengths) + between)
+    return min(one, cost.seconds(2, sum(lengths) + between))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -170,7 +168,7 @@ def _run_direction(
     # In bfloat16 the gradients of all rectangles are added up in float32, and rounded once.
     exact = [weight.float() for weight in flat]
     if layout.has_padding:
-        rows = onednn.with_carry(rows, layout.keep)
+        rows = onednn.with_carry(rows, layout.empty, layout.keep)
     h_0, outputs, ended = h, [], []
     counts = [(last - first) * width for first, last, width in layout.rectangles]
     parts = rows.split([*counts, 1])

@@ -75,6 +75,12 @@ def calls():
         yield seen
 
 
+def loop_takes(seconds, monkeypatch):
+    found, cost = costs.costs_of, costs.LayerCosts(seconds, 0.0, 0.0)
+    changed = {"loop": cost, "packed": cost}
+    monkeypatch.setattr(costs, "costs_of", lambda *args: found(*args)._replace(**changed))
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(
     ("loop_seconds", "padding", "path"),
@@ -82,7 +88,7 @@ def calls():
     ids=["loop", "rectangles", "padded"],
 )
 def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monkeypatch):
-    monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: loop_seconds)
+    loop_takes(loop_seconds, monkeypatch)
     monkeypatch.setattr(Work, "pad", lambda *_: padding)
     with torch.set_grad_enabled(train):
         make()(torch.randn(T, B, I), lengths=LENGTHS)
@@ -92,11 +98,12 @@ def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monke
 def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(monkeypatch):
     asked = []
 
-    def step_loop_seconds(*args, train, **options):
-        asked.append(train)
-        return 0.0
+    def costs_of(*args):
+        asked.append(args[2])
+        return found(*args)
 
-    monkeypatch.setattr(costs, "step_loop_seconds", step_loop_seconds)
+    found = costs.costs_of
+    monkeypatch.setattr(costs, "costs_of", costs_of)
     monkeypatch.setattr(Work, "pad", lambda *_: False)
     lstm, x = make(), torch.randn(T, B, I)
     lstm(x, lengths=LENGTHS)
@@ -118,14 +125,14 @@ NEEDS_THE_LOOP = {
 
 @pytest.mark.parametrize(("config", "options"), NEEDS_THE_LOOP.values(), ids=NEEDS_THE_LOOP)
 def test_what_onednn_cannot_do_the_step_loop_does(config, options, calls, monkeypatch):
-    monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: math.inf)
+    loop_takes(math.inf, monkeypatch)
     lstm = make(**config)
     lstm(torch.randn(T, B, I, dtype=lstm.weight_ih_l0.dtype), **options)
     assert calls == {"loop": 1, "rectangles": 0, "padded": 0}
 
 
 def test_without_onednn_the_step_loop_runs_and_computes_the_same(calls, monkeypatch):
-    monkeypatch.setattr(costs, "step_loop_seconds", lambda *_, **__: math.inf)
+    loop_takes(math.inf, monkeypatch)
     lstm = make(bidirectional=True)
     x, hx = problem(lstm)
     with without_onednn():
