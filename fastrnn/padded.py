@@ -92,16 +92,19 @@ def _run_layer(
     x = onednn.with_carry(x, padding.empty, padding.keep)
     if len(weights) == 2:
         output, h_n, c_n = _dense(x, weights, h_0, c_0, carry=True)
-    else:  # the same, without what is made anew here
+    else:  # the same, without final states that are made anew here
         if h_0 is None or c_0 is None:
-            h_0 = c_0 = x.new_zeros(1, x.shape[1], hidden_size)
-        flat = onednn.operands(weights[0], carry=True)
-        output, h_n, c_n, _ = onednn.one_layer(x, flat, h_0[0].contiguous(), c_0[0].contiguous())
-        c_n = c_n.unsqueeze(0).clone()  # backward keeps the operator's own
+            h = c = x.new_zeros(x.shape[1], hidden_size)
+        else:
+            h, c = h_0[0].contiguous(), c_0[0].contiguous()
+        output, h_n, c_n, _ = onednn.one_layer(x, onednn.operands(weights[0], carry=True), h, c)
     end = _Ended.apply if output.requires_grad else _end
-    output, own = end(output, padding.keep, padding.last.expand(-1, -1, hidden_size))
+    last = padding.last.expand(-1, -1, hidden_size)
+    output, own, c_n = end(output, c_n, padding.keep, last)
+    if len(weights) == 1:
+        return DenseOutput(output, own, c_n.view(1, -1, hidden_size))
     # The last step may be padding; the reverse direction's is the first.
-    return DenseOutput(output, own if len(weights) == 1 else torch.cat([own, h_n[1:]]), c_n)
+    return DenseOutput(output, torch.cat([own, h_n[1:]]), c_n)
 
 
 def _dense(
@@ -125,25 +128,29 @@ def _dense(
     )
 
 
-def _end(output: Tensor, keep: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs, zero in the padding from now on, and a direction's at the last valid steps."""
-    return blank_(output, keep), output.gather(0, last)
+def _end(output: Tensor, c_n: Tensor, keep: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, zero in the padding from now on; a direction's at the last valid steps; and c_n."""
+    return blank_(output, keep), output.gather(0, last), c_n
 
 
 class _Ended(torch.autograd.Function):
-    """:func:`_end` of a copy, for backward needs what oneDNN returned.
+    """:func:`_end` of copies, for backward needs what oneDNN returned.
 
     torch's nodes would fill two more tensors as large as the output with gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, keep: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, output: Tensor, c_n: Tensor, keep: Tensor, last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.keep, ctx.last = keep, last
-        return blanked(output, keep), output.gather(0, last)
+        return blanked(output, keep), output.gather(0, last), c_n.clone()
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None]:
-        return blanked(d_output, ctx.keep).scatter_add_(0, ctx.last, d_own), None, None
+    def backward(
+        ctx: Any, d_output: Tensor, d_own: Tensor, d_c_n: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        return blanked(d_output, ctx.keep).scatter_add_(0, ctx.last, d_own), d_c_n, None, None
 
 
 def _stacked(states: Sequence[Tensor]) -> Tensor:

@@ -165,8 +165,9 @@ def _run_direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs ``[N, H]`` and final states ``[S, H]``, of rows in the order that it walks."""
     flat = onednn.operands(weights, carry=layout.has_padding)
-    # In bfloat16 the gradients of all rectangles are added up in float32, and rounded once.
-    exact = [weight.float() for weight in flat]
+    if torch.is_grad_enabled() and len(layout.rectangles) > 1:
+        # The gradients of all rectangles are added up in float32, and rounded once.
+        flat = [weight.float() for weight in flat]
     if layout.has_padding:
         rows = onednn.with_carry(rows, layout.empty, layout.keep)
     h_0, outputs, ended = h, [], []
@@ -178,8 +179,8 @@ def _run_direction(
             h = h[:width]
             ended.append(end)
         x = part.view(last - first, width, part.shape[1])
-        flat = [weight.to(rows.dtype) for weight in exact]
-        output, h, c, _ = onednn.one_layer(x, flat, h.contiguous(), c.contiguous())
+        own = [weight.to(rows.dtype) for weight in flat]
+        output, h, c, _ = onednn.one_layer(x, own, h.contiguous(), c.contiguous())
         outputs.append(output.flatten(0, 1))
     outputs.append(h.new_zeros(1, h.shape[1]))
     found = torch.cat(outputs)
