@@ -33,8 +33,9 @@ _LSTM_MODE = 2  # the number of the LSTM in the operator's interface
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether the processor has instructions for it, and oneDNN may use them."""
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,8 +51,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN can compute in this dtype there."""
     return (
         device == CPU
-        and dtype in (torch.float32, torch.bfloat16)
-        and compute_dtype(dtype) == dtype
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16()))
         and torch._C._has_mkldnn
         and torch._C._get_mkldnn_enabled()
     )
