@@ -29,9 +29,9 @@ from fastrnn.packing import (
 )
 from fastrnn.rectangles import least_seconds, plan
 
-# What a padded row of a batch that runs as it stands counts in training, in rows: as much of it is
-# kept for backward as of a valid one.
-PADDED_ROW = 1.25
+# What a row that rectangles would leave out counts in training besides its time, in rows: it is
+# kept for backward as a valid one is.
+KEPT_ROW = 0.5
 
 
 class Work(NamedTuple):
@@ -64,15 +64,14 @@ class Work(NamedTuple):
     def pad(self, steps: int, lengths: Sequence[int]) -> bool:
         """Whether a padded batch of so many steps and these lengths is best run as it stands."""
         valid, rows = sum(lengths), steps * len(lengths)
-        models = self._costs()
-        weighed = valid + (rows - valid) * (PADDED_ROW if self.train else 1.0)
-        padded = models.padded.seconds(steps, weighed)
-        if padded > models.loop.seconds(max(lengths), valid):
+        models, kept = self._costs(), KEPT_ROW if self.train else 0.0
+        if models.padded.seconds(steps, rows) > models.loop.seconds(max(lengths), valid):
             return False
-        if padded <= least_seconds(lengths, models.rectangles):
+        at_most = models.padded.seconds(steps, rows + kept * (rows - valid))
+        if at_most <= least_seconds(lengths, models.rectangles):
             return True
-        sizes = tuple(staircase(sorted(lengths, reverse=True)))
-        return padded <= plan(sizes, models.rectangles).seconds
+        found = plan(tuple(staircase(sorted(lengths, reverse=True))), models.rectangles)
+        return models.padded.seconds(steps, rows + kept * (rows - found.rows)) <= found.seconds
 
     def _costs(self) -> Costs:
         threads = torch.get_num_threads()

@@ -35,15 +35,21 @@ def blanked(x: Tensor, keep: Tensor) -> Tensor:
 
 def blank_(x: Tensor, keep: Tensor) -> Tensor:
     """The same in place and without autograd; returns ``x``."""
-    x.detach().view(_INTEGERS[x.element_size()]).bitwise_and_(keep)
+    integer = _INTEGERS[x.element_size()]
+    x.detach().view(integer).bitwise_and_(_as(integer, keep))
     return x
 
 
 def _blanked(x: Tensor, keep: Tensor) -> Tensor:
     integer = _INTEGERS[x.element_size()]
     bits = torch.empty(x.shape, dtype=integer, device=x.device)
-    torch.bitwise_and(x.view(integer), keep, out=bits)
+    torch.bitwise_and(x.view(integer), _as(integer, keep), out=bits)
     return bits.view(x.dtype)
+
+
+def _as(integer: torch.dtype, keep: Tensor) -> Tensor:
+    """``keep`` in the same width: two widths at once would all be widened."""
+    return keep if keep.dtype == integer else keep.to(integer)
 
 
 class _Blanked(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -151,8 +152,8 @@ class LSTM(nn.RNNBase):
         form = self._form(input)
         flat = self._weights()
         dtype = form.data.dtype
-        if dtype != torch.float64:
-            dtype = autocast_dtype(form.device) or dtype
+        autocast = None if dtype == torch.float64 else autocast_dtype(form.device)
+        dtype = autocast or dtype
         h_0, c_0 = None, None
         if hx is not None:
             h_0, c_0 = self._initial_states(form, hx, unbatched)
@@ -198,7 +199,7 @@ class LSTM(nn.RNNBase):
         layers = self._layers(flat, dtype)
         if isinstance(layout, PaddedLayout):
             assert isinstance(form, Padded)
-            with outside_autocast(form.device):
+            with outside_autocast(form.device) if autocast else nullcontext():
                 padded = run_padded(
                     *(form.x, layout, layers, h_0, c_0),
                     batch_first=self.batch_first,

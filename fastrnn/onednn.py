@@ -115,7 +115,7 @@ def with_carry(x: Tensor, empty: Tensor, keep: Tensor) -> Tensor:
     """
     carry = empty.unsqueeze(-1).to(x.dtype)
     wide = torch.cat([x, *[carry] * _carry_columns(x)], -1)
-    blank_(wide[..., : x.shape[-1]], keep)
+    blank_(wide.detach()[..., : x.shape[-1]], keep)
     return wide
 
 

@@ -54,6 +54,11 @@ class Plan(NamedTuple):
     rectangles: tuple[Rectangle, ...]
     seconds: float
 
+    @property
+    def rows(self) -> int:
+        """Of all rectangles."""
+        return sum((last - first) * sequences for first, last, sequences in self.rectangles)
+
 
 @functools.lru_cache(maxsize=32)
 def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:

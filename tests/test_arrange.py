@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrnn import arrange, costs
-from fastrnn.arrange import PADDED_ROW, Work
+from fastrnn.arrange import KEPT_ROW, Work
 from fastrnn.packing import staircase
 from fastrnn.rectangles import plan
 
@@ -56,10 +56,12 @@ def test_padding_is_left_where_it_costs_less_than_the_best_rectangles_and_the_lo
     """Also where it says so without a plan."""
     models = costs.costs_of(*size, train, torch.get_num_threads(), torch.float32)
     steps, valid = max(lengths) + beyond, sum(lengths)
-    sizes = tuple(staircase(sorted(lengths, reverse=True)))
-    others = plan(sizes, models.rectangles).seconds, models.loop.seconds(max(lengths), valid)
-    rows = valid + (steps * len(lengths) - valid) * (PADDED_ROW if train else 1.0)
-    expected = models.padded.seconds(steps, rows) <= min(others)
+    rows, kept = steps * len(lengths), KEPT_ROW if train else 0.0
+    found = plan(tuple(staircase(sorted(lengths, reverse=True))), models.rectangles)
+    expected = (
+        models.padded.seconds(steps, rows) <= models.loop.seconds(max(lengths), valid)
+        and models.padded.seconds(steps, rows + kept * (rows - found.rows)) <= found.seconds
+    )
     assert Work(*size, train, torch.float32).pad(steps, lengths) == expected
 
 
