@@ -38,9 +38,13 @@ _TINY = Shape(3, 5, 4, 8)
 
 
 class Servers:
-    """Processes in which torch is imported; they are started when needed. A context manager."""
+    """Processes in which torch is imported; they are started when needed. A context manager.
 
-    def __init__(self, most: int = 5) -> None:
+    Args:
+        most: whose median a small result is.
+    """
+
+    def __init__(self, most: int) -> None:
         self._most = most
         self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []

@@ -105,6 +105,36 @@ def _run_one(
     return DenseOutput(output.transpose(0, 1) if batch_first else output, h_n, c_n)
 
 
+def run_dense_layer(
+    x: Tensor,
+    weights: Sequence[LayerWeights],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    *,
+    carry: bool = False,
+) -> DenseOutput:
+    """All directions of one layer.
+
+    Args:
+        x: ``[T, B, I]``.
+        weights: of each direction, without projections, in the dtype of ``x``.
+        h_0: ``[D, B, H]``. None: zeros.
+        c_0: ``[D, B, H]``. None: zeros.
+        carry: whether ``x`` has the carry feature of onednn.py. Default: False.
+    """
+    return run_dense(
+        x,
+        [w for direction in weights for w in onednn.operands(direction, carry=carry)],
+        h_0,
+        c_0,
+        num_layers=1,
+        bias=True,
+        bidirectional=len(weights) == 2,
+        batch_first=False,
+        dropout=0.0,
+    )
+
+
 def run_dense_rows(
     rows: Tensor, sequences: int, weights: Sequence[LayerWeights], h_0: Tensor, c_0: Tensor
 ) -> LayerOutput:
@@ -118,15 +148,10 @@ def run_dense_rows(
         c_0: ``[D, S, H]``.
     """
     dtype, wide = rows.dtype, onednn.compute_dtype(rows.dtype)
-    output, h_n, c_n = run_dense(
+    output, h_n, c_n = run_dense_layer(
         rows.to(wide).reshape(-1, sequences, rows.shape[1]),
-        [w for direction in weights for w in onednn.operands(direction.to(wide), carry=False)],
+        [direction.to(wide) for direction in weights],
         h_0.to(wide),
         c_0.to(wide),
-        num_layers=1,
-        bias=True,
-        bidirectional=len(weights) == 2,
-        batch_first=False,
-        dropout=0.0,
     )
     return LayerOutput(output.flatten(0, 1).to(dtype), h_n.to(dtype), c_n.to(dtype), None)

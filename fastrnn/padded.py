@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fastrnn import onednn
 from fastrnn.blanking import blank_, blanked
-from fastrnn.dense import DenseOutput, run_dense
+from fastrnn.dense import DenseOutput, run_dense_layer
 from fastrnn.packing import PaddedLayout
 from fastrnn.reference import LayerWeights
 
@@ -88,10 +88,10 @@ def _run_layer(
     """One layer over ``[T, B, I]``; its output is zero in the padding."""
     padding, hidden_size = layout.padding, weights[0].hidden_size
     if padding is None:
-        return _dense(x, weights, h_0, c_0, carry=False)
+        return run_dense_layer(x, weights, h_0, c_0)
     x = onednn.with_carry(x, padding.empty, padding.keep)
     if len(weights) == 2:
-        output, h_n, c_n = _dense(x, weights, h_0, c_0, carry=True)
+        output, h_n, c_n = run_dense_layer(x, weights, h_0, c_0, carry=True)
     else:  # the same, without final states that are made anew here
         if h_0 is None or c_0 is None:
             h = c = x.new_zeros(x.shape[1], hidden_size)
@@ -105,27 +105,6 @@ def _run_layer(
         return DenseOutput(output, own, c_n.view(1, -1, hidden_size))
     # The last step may be padding; the reverse direction's is the first.
     return DenseOutput(output, torch.cat([own, h_n[1:]]), c_n)
-
-
-def _dense(
-    x: Tensor,
-    weights: Sequence[LayerWeights],
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    *,
-    carry: bool,
-) -> DenseOutput:
-    return run_dense(
-        x,
-        [w for direction in weights for w in onednn.operands(direction, carry=carry)],
-        h_0,
-        c_0,
-        num_layers=1,
-        bias=True,
-        bidirectional=len(weights) == 2,
-        batch_first=False,
-        dropout=0.0,
-    )
 
 
 def _end(output: Tensor, c_n: Tensor, keep: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,7 +88,7 @@ def run_forward(
 
 
 def _layer_output(
-    results: Sequence[Forward], dtype: torch.dtype, *, cell_states: bool = False
+    results: Sequence[Forward], dtype: torch.dtype, *, cell_states: bool
 ) -> LayerOutput:
     """What a layer computes, rounded to ``dtype``, of what its directions did."""
     return LayerOutput(

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from fastrnn.costs import costs_of
+
 # The same examples on every run, so a red run can be repeated; no deadline: CI's cores are shared.
 hypothesis.settings.register_profile("fastrnn", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastrnn")
@@ -42,3 +44,12 @@ def _same_start() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A processor that torch says to be of this capability; for oracle.py's every_processor."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    costs_of.cache_clear()
+    yield request.param
+    costs_of.cache_clear()

@@ -98,6 +98,10 @@ PATHS = {
     "many-rectangles": LayerCosts(layer=0.0, call=1e-9, row=1.0, step=0.0),
     "padded": LayerCosts(layer=0.0, call=1.0, row=1e-9, step=0.0),
 }
+PROCESSORS = {"AVX2": "AVX2", "AVX512": "AVX512", "another": "NEON"}
+every_processor = pytest.mark.parametrize(  # with conftest.py's fixture
+    "capability", PROCESSORS.values(), ids=PROCESSORS, indirect=True
+)
 every_path = pytest.mark.parametrize("path", PATHS)
 
 

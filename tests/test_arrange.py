@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from fastrnn import arrange, costs
 from fastrnn.arrange import KEPT_ROW, Work
-from fastrnn.packing import staircase
+from fastrnn.forms import Padded
+from fastrnn.packing import PaddedLayout, staircase
 from fastrnn.rectangles import plan
+from tests.oracle import every_processor
 
 SMALL, LARGE = (12, 64), (256, 512)
 every_mode = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
@@ -28,11 +30,21 @@ def threads(request, monkeypatch):
     return request.param
 
 
+@every_processor
 @every_mode
 @every_dtype
-def test_padding_is_left_where_there_is_none_and_not_where_it_is_everything(train, dtype):
+def test_padding_is_left_where_there_is_little_and_not_where_it_is_everything(
+    train, dtype, capability
+):
     assert Work(*SMALL, train, dtype).pad(50, [50] * 7 + [49])
     assert not Work(*LARGE, train, dtype).pad(400, [400] + [1] * 511)
+
+
+@every_mode
+def test_a_batch_without_padding_is_left_as_it_is(train):
+    form = Padded(torch.randn(8, 50, 12), batch_first=True)
+    work = Work(*SMALL, train, torch.float32)
+    assert arrange.arrange(form, [50] * 8, None, None, work, may_pad=True) == PaddedLayout()
 
 
 @every_mode

@@ -9,20 +9,9 @@ import torch
 
 from fastrnn import costs
 from fastrnn.costs import PATHS, costs_of
+from tests.oracle import every_processor
 
-PROCESSORS = {"AVX2": "AVX2", "AVX512": "AVX512", "another": "NEON"}
-every_processor = pytest.mark.parametrize(
-    "capability", PROCESSORS.values(), ids=PROCESSORS, indirect=True
-)
 every_mode = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-
-
-@pytest.fixture
-def capability(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    costs_of.cache_clear()
-    yield request.param
-    costs_of.cache_clear()
 
 
 @every_processor
