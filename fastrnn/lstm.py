@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -139,7 +139,7 @@ class LSTM(nn.RNNBase):
                 same mistake, its type and words.
             RuntimeError: ``backend="triton"`` cannot run, with the reason.
         """
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state():  # two calls less than torch.jit.is_tracing
             return self._trace(input, hx, lengths, mask, resets, return_cell_states)
         unbatched = isinstance(input, Tensor) and not input.is_nested and input.dim() == 2
         if isinstance(input, Tensor) and unbatched:
@@ -199,12 +199,17 @@ class LSTM(nn.RNNBase):
         layers = self._layers(flat, dtype)
         if isinstance(layout, PaddedLayout):
             assert isinstance(form, Padded)
-            with outside_autocast(form.device) if autocast else nullcontext():
-                padded = run_padded(
-                    *(form.x, layout, layers, h_0, c_0),
-                    batch_first=self.batch_first,
-                    dropout=dropout,
-                )
+            run = functools.partial(
+                run_padded,
+                *(form.x, layout, layers, h_0, c_0),
+                batch_first=self.batch_first,
+                dropout=dropout,
+            )
+            if autocast:
+                with outside_autocast(form.device):
+                    padded = run()
+            else:
+                padded = run()
             return self._as_given(unbatched, (padded.h_n, padded.c_n), [padded.output])
         result = run_stack(
             form.rows(layout).to(dtype),
@@ -297,10 +302,13 @@ class LSTM(nn.RNNBase):
     def _layers(self, flat: Sequence[Tensor], dtype: torch.dtype) -> list[list[LayerWeights]]:
         """All weights in ``dtype``, by layer and direction."""
         directions = 2 if self.bidirectional else 1
+        if flat[0].dtype != dtype:
+            flat = [weight.to(dtype) for weight in flat]
         each = unflatten_weights(
             *(flat, self.num_layers * directions), bias=self.bias, projection=self.proj_size > 0
         )
-        each = [weights.to(dtype) for weights in each]
+        if self.num_layers == 1:
+            return [each]
         return [each[begin : begin + directions] for begin in range(0, len(each), directions)]
 
     def _check_device(self, kind: str, form: Form, *tensors: Tensor) -> None:

@@ -38,6 +38,7 @@ def multiplies_bfloat16() -> bool:
     return has and torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@functools.cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that rows of ``dtype`` are computed in."""
     if dtype == torch.float32:
@@ -103,17 +104,16 @@ def operands(weights: LayerWeights, *, carry: bool) -> list[Tensor]:
     return [ih, hh, weights.bias_ih.contiguous(), weights.bias_hh.contiguous()]
 
 
-def with_carry(x: Tensor, empty: Tensor, keep: Tensor) -> Tensor:
+def with_carry(x: Tensor, carry: Tensor, keep: Tensor) -> Tensor:
     """``[..., I]`` with the carry feature, and zeros in the padding.
 
     The gradient there is zero without a mask, as every gate's is.
 
     Args:
         x: ``[..., I]``.
-        empty: bool ``[...]``, what is padding.
-        keep: its, of blanking.py.
+        carry: ``[..., 1]``, in the dtype of ``x``: 1 in the padding, else 0.
+        keep: ``[..., 1]``, of blanking.py.
     """
-    carry = empty.unsqueeze(-1).to(x.dtype)
     wide = torch.cat([x, *[carry] * _carry_columns(x)], -1)
     blank_(wide.detach()[..., : x.shape[-1]], keep)
     return wide

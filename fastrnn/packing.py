@@ -155,12 +155,12 @@ class Padding(NamedTuple):
     """Where a padded batch holds no sequence.
 
     Attributes:
-        empty: ``[T, B]`` bool.
+        carry: ``[T, B, 1]`` float32, the carry feature of onednn.py: 1 where it is.
         keep: ``[T, B, 1]``, of blanking.py.
         last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
-    empty: Tensor
+    carry: Tensor
     keep: Tensor
     last: Tensor
 
@@ -222,7 +222,12 @@ class RectangleLayout(Layout):
     @cached_property
     def keep(self) -> Tensor:
         """``[N, 1]``, of blanking.py."""
-        return keep_bits(self.empty)
+        return keep_bits(self.empty.unsqueeze(-1))
+
+    @cached_property
+    def carry(self) -> Tensor:
+        """``[N, 1]`` float32, the carry feature of onednn.py."""
+        return self.empty.unsqueeze(-1).float()
 
     @cached_property
     def valid(self) -> Tensor:
@@ -302,8 +307,8 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
         steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    empty = _steps(steps) >= lengths
-    return PaddedLayout(Padding(empty, keep_bits(empty), (lengths - 1).view(1, -1, 1)))
+    empty = (_steps(steps) >= lengths).unsqueeze(-1)
+    return PaddedLayout(Padding(empty.float(), keep_bits(empty), (lengths - 1).view(1, -1, 1)))
 
 
 @functools.lru_cache(maxsize=64)

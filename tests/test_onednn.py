@@ -23,6 +23,15 @@ from tests.oracle import (
 HAS_BFLOAT16 = onednn.multiplies_bfloat16()
 
 
+@pytest.fixture
+def has(request, monkeypatch):
+    """Whether the processor is said to multiply bfloat16."""
+    monkeypatch.setattr(onednn, "multiplies_bfloat16", lambda: request.param)
+    onednn.compute_dtype.cache_clear()
+    yield request.param
+    onednn.compute_dtype.cache_clear()
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
 def test_it_runs_float32_rows_on_the_cpu():
     assert onednn.available(torch.device("cpu"), torch.float32)
@@ -43,9 +52,8 @@ def test_it_does_not_run_where_it_is_switched_off():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
-@pytest.mark.parametrize("has", [False, True], ids=["without", "with"])
-def test_it_runs_bfloat16_where_the_processor_does(has, monkeypatch):
-    monkeypatch.setattr(onednn, "multiplies_bfloat16", lambda: has)
+@pytest.mark.parametrize("has", [False, True], ids=["without", "with"], indirect=True)
+def test_it_runs_bfloat16_where_the_processor_does(has):
     assert onednn.available(torch.device("cpu"), torch.bfloat16) == has
     assert onednn.compute_dtype(torch.bfloat16) == (torch.bfloat16 if has else torch.float32)
 
@@ -54,11 +62,12 @@ needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="the processor has 
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN")
-@pytest.mark.parametrize("has", [False, pytest.param(True, marks=needs_bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "has", [False, pytest.param(True, marks=needs_bfloat16)], ids=str, indirect=True
+)
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "loop"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
-def test_bfloat16_is_as_exact_as_nn_lstm(path, has, bidirectional, monkeypatch):
-    monkeypatch.setattr(onednn, "multiplies_bfloat16", lambda: has)
+def test_bfloat16_is_as_exact_as_nn_lstm(path, has, bidirectional):
     lengths, dtype = [3, 17, 1, 11, 17], torch.bfloat16
     config = {"num_layers": 2, "bidirectional": bidirectional, "dtype": dtype}
     ours, theirs = fastrnn.LSTM(5, 16, **config), torch.nn.LSTM(5, 16, **config)

@@ -333,6 +333,45 @@ def test_an_output_can_be_changed_in_place(lengths, path):
 
 
 @every_path
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [T] * B], ids=["ragged", "full"])
+def test_with_lengths_an_output_can_be_changed_in_place_before_backward(
+    lengths, bidirectional, path
+):
+    """As after pad_packed_sequence, and whichever path a batch takes."""
+    lstm, x = make(num_layers=2, bidirectional=bidirectional), torch.randn(T, B, I)
+    x.requires_grad_()
+    with forced(path):
+        expected = torch.autograd.grad((lstm(x, lengths=lengths)[0] * 2).square().sum(), x)
+        output, _ = lstm(x, lengths=lengths)
+        found = torch.autograd.grad(output.mul_(2).square().sum(), x)
+    assert torch.equal(*found, *expected)
+
+
+@every_path
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "both-ways"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
+def test_a_gradient_of_nan_at_an_invalid_step_of_the_output_goes_nowhere(
+    poison, bidirectional, path
+):
+    """A loss of targets that are padded with NaN has one, though it is masked."""
+    lstm, x = make(num_layers=2, bidirectional=bidirectional), torch.randn(T, B, I)
+    x.requires_grad_()
+    invalid = ~valid_steps(LENGTHS, T)
+    d_output = torch.randn(T, B, (2 if bidirectional else 1) * H)
+    d_output[invalid] = 0.0
+    dirty = d_output.masked_fill(invalid.unsqueeze(2), poison)
+    leaves = [x, *lstm.parameters()]
+    with forced(path):
+        expected, found = (
+            torch.autograd.grad(lstm(x, lengths=LENGTHS)[0], leaves, gradient)
+            for gradient in (d_output, dirty)
+        )
+    for name, left, right in zip(("x", *dict(lstm.named_parameters())), found, expected):
+        assert torch.equal(left, right), name
+
+
+@every_path
 def test_backward_after_the_output_was_changed_in_place_is_refused(path):
     """As nn.LSTM does; or it would be silently wrong: the outputs are what backward reads."""
     lstm = make()
