@@ -86,7 +86,7 @@ def arrange(
     work: Work | None,
     *,
     may_pad: bool = False,
-) -> Layout | PaddedLayout:
+) -> Layout | PaddedLayout | None:
     """The layout of a batch.
 
     Args:
@@ -98,7 +98,8 @@ def arrange(
         may_pad: whether a padded batch may run as it stands. Default: False.
 
     Returns:
-        The layout that is the fastest by the models.
+        The layout that is the fastest by the models; None for a batch that may run as it stands and
+        has no padding.
     """
     cut = None if work is None else work.cut
     if lengths is None and mask is None and resets is None:
@@ -112,7 +113,7 @@ def arrange(
             values = lengths.tolist()
             least = min(values, default=0)
             if least == form.steps:
-                return PaddedLayout()
+                return None
             # None may be zero: its last valid step would be none.
             if least > 0 and work.pad(form.steps, values):
                 return padded_layout(form.steps, lengths)

@@ -26,7 +26,7 @@ from fastrnn.packing import (
 
 
 def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
-    return blank_(flat.index_select(0, layout.gather), layout.keep)
+    return blank_(flat.index_select(0, layout.gather), layout.valid)
 
 
 class _IntoRectangles(torch.autograd.Function):

@@ -197,7 +197,7 @@ class LSTM(nn.RNNBase):
         may_pad = not (self.bidirectional and hx is not None)  # see padded.py
         layout = arrange(form, lengths, mask, resets, work, may_pad=may_pad)
         layers = self._layers(flat, dtype)
-        if isinstance(layout, PaddedLayout):
+        if layout is None or isinstance(layout, PaddedLayout):
             assert isinstance(form, Padded)
             run = functools.partial(
                 run_padded,

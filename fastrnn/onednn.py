@@ -96,15 +96,14 @@ def operands(weights: LayerWeights, *, carry: bool) -> list[Tensor]:
     """
     ih, hh = weights.ih.contiguous(), weights.hh.contiguous()
     if carry:
-        column = _carry_column(weights.hidden_size, ih.dtype)
-        ih = torch.cat([ih, *[column] * _carry_columns(ih)], 1)
+        ih = torch.cat([ih, _carry_weights(*ih.shape, ih.dtype)], 1)
     if weights.bias_ih is None or weights.bias_hh is None:
         zeros = ih.new_zeros(ih.shape[0])
         return [ih, hh, zeros, zeros]
     return [ih, hh, weights.bias_ih.contiguous(), weights.bias_hh.contiguous()]
 
 
-def with_carry(x: Tensor, carry: Tensor, keep: Tensor) -> Tensor:
+def with_carry(x: Tensor, carry: Tensor, valid: Tensor) -> Tensor:
     """``[..., I]`` with the carry feature, and zeros in the padding.
 
     The gradient there is zero without a mask, as every gate's is.
@@ -112,24 +111,27 @@ def with_carry(x: Tensor, carry: Tensor, keep: Tensor) -> Tensor:
     Args:
         x: ``[..., I]``.
         carry: ``[..., 1]``, in the dtype of ``x``: 1 in the padding, else 0.
-        keep: ``[..., 1]``, of blanking.py.
+        valid: bool ``[..., 1]``, the opposite.
     """
-    wide = torch.cat([x, *[carry] * _carry_columns(x)], -1)
-    blank_(wide.detach()[..., : x.shape[-1]], keep)
+    features = x.shape[-1]
+    wide = torch.cat([x, *[carry] * _carry_columns(features, x.dtype)], -1)
+    blank_(wide.detach()[..., :features], valid)
     return wide
 
 
-def _carry_columns(features: Tensor) -> int:
-    """How often the carry feature stands behind ``[..., I]``."""
+@functools.cache
+def _carry_columns(features: int, dtype: torch.dtype) -> int:
+    """How often the carry feature stands behind I features."""
     # bfloat16 in odd numbers is slow: T60 B64 H256 on AMX takes 39.6 ms with 129, 7.3 with 130.
-    return 2 if features.dtype == torch.bfloat16 and features.shape[-1] % 2 == 0 else 1
+    return 2 if dtype == torch.bfloat16 and features % 2 == 0 else 1
 
 
 @functools.lru_cache(maxsize=16)
-def _carry_column(hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """``[4H, 1]`` weights of the carry feature."""
-    gates = torch.tensor([-CARRY, CARRY, 0.0, -CARRY], dtype=dtype, device="cpu")
-    return gates.repeat_interleave(hidden_size).unsqueeze(1)
+def _carry_weights(gates: int, features: int, dtype: torch.dtype) -> Tensor:
+    """``[4H, 1 or 2]``, the carry feature's weights behind those of I features."""
+    of_gates = torch.tensor([-CARRY, CARRY, 0.0, -CARRY], dtype=dtype, device="cpu")
+    column = of_gates.repeat_interleave(gates // 4).unsqueeze(1)
+    return column.expand(-1, _carry_columns(features, dtype))
 
 
 def one_layer(
@@ -146,8 +148,9 @@ def one_layer(
         c_0: likewise.
     """
     ih, hh, bias_ih, bias_hh = weights
-    inputs = (x, h_0, c_0, *weights)
-    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    train = torch.is_grad_enabled() and (
+        x.requires_grad or any(tensor.requires_grad for tensor in (h_0, c_0, *weights))
+    )
     return torch.mkldnn_rnn_layer(
         x,
         ih,

@@ -33,8 +33,6 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fastrnn.blanking import keep_bits
-
 Lengths: TypeAlias = Tensor | Sequence[int]
 
 
@@ -151,28 +149,18 @@ class PackedLayout(Layout):
         return self.batch_sizes.to(device, non_blocking=True)
 
 
-class Padding(NamedTuple):
-    """Where a padded batch holds no sequence.
+class PaddedLayout(NamedTuple):
+    """Where a padded batch on the CPU, which stays as it is, holds no sequence.
 
     Attributes:
-        carry: ``[T, B, 1]`` float32, the carry feature of onednn.py: 1 where it is.
-        keep: ``[T, B, 1]``, of blanking.py.
+        carry: ``[T, B, 1]`` float32, the carry feature of onednn.py: 1 where it does not.
+        valid: ``[T, B, 1]`` bool, where it does.
         last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
     carry: Tensor
-    keep: Tensor
+    valid: Tensor
     last: Tensor
-
-
-class PaddedLayout(NamedTuple):
-    """A padded batch on the CPU that stays as it is.
-
-    Attributes:
-        padding: None where there is none.
-    """
-
-    padding: Padding | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +208,9 @@ class RectangleLayout(Layout):
         return self.rows - 1 > sum(self.sizes)
 
     @cached_property
-    def keep(self) -> Tensor:
-        """``[N, 1]``, of blanking.py."""
-        return keep_bits(self.empty.unsqueeze(-1))
+    def valid(self) -> Tensor:
+        """``[N, 1]`` bool, rows that are valid steps."""
+        return ~self.empty.unsqueeze(-1)
 
     @cached_property
     def carry(self) -> Tensor:
@@ -230,18 +218,20 @@ class RectangleLayout(Layout):
         return self.empty.unsqueeze(-1).float()
 
     @cached_property
-    def valid(self) -> Tensor:
+    def valid_rows(self) -> Tensor:
         """int64, rows that are valid steps, ascending: the order of a :class:`PackedLayout`."""
-        return (~self.empty).nonzero().squeeze(1)
+        return self.valid.flatten().nonzero().squeeze(1)
 
     @cached_property
     def mirror(self) -> Tensor:
         """``[N]`` int64, for each row that of its sequence's opposite step; itself for padding."""
         mirror = torch.arange(self.rows, device="cpu")
-        step, sequence = (part.index_select(0, self.valid) for part in (self.step, self.sequence))
+        step, sequence = (
+            part.index_select(0, self.valid_rows) for part in (self.step, self.sequence)
+        )
         opposite = self.lengths.index_select(0, sequence) - 1 - step
         first_rows = torch.tensor(_first_rows(self.rectangles), device="cpu")
-        mirror[self.valid] = first_rows.index_select(0, opposite) + sequence
+        mirror[self.valid_rows] = first_rows.index_select(0, opposite) + sequence
         return mirror
 
 
@@ -307,8 +297,9 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
         steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    empty = (_steps(steps) >= lengths).unsqueeze(-1)
-    return PaddedLayout(Padding(empty.float(), keep_bits(empty), (lengths - 1).view(1, -1, 1)))
+    step = _steps(steps)
+    carry, valid = (step >= lengths).float(), step < lengths
+    return PaddedLayout(carry.unsqueeze(-1), valid.unsqueeze(-1), (lengths - 1).view(1, -1, 1))
 
 
 @functools.lru_cache(maxsize=64)

@@ -28,7 +28,7 @@ from fastrnn.reference import LayerWeights
 
 def run_padded(
     x: Tensor,
-    layout: PaddedLayout,
+    layout: PaddedLayout | None,
     layers: Sequence[Sequence[LayerWeights]],
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -40,7 +40,7 @@ def run_padded(
 
     Args:
         x: ``[T, B, I]``, or ``[B, T, I]`` where ``batch_first``.
-        layout: of the batch.
+        layout: of the batch; None where nothing is padding.
         layers: the weights of each layer's directions, without projections, in the dtype that comes
             out; 16-bit ones are computed as onednn.py says.
         h_0: ``[L * D, B, H]``; zeros where there is padding and D is 2. None: zeros.
@@ -56,6 +56,8 @@ def run_padded(
     if wide != dtype:
         x = x.to(wide)
         h_0, c_0 = (None if state is None else state.to(wide) for state in (h_0, c_0))
+    if layout is not None and layout.carry.dtype != wide:
+        layout = layout._replace(carry=layout.carry.to(wide))
     if batch_first:  # torch's operator would transpose too, and the carry feature needs a copy
         x = x.transpose(0, 1)
     h_n, c_n = [], []
@@ -79,7 +81,7 @@ def run_padded(
 
 def _run_layer(
     x: Tensor,
-    layout: PaddedLayout,
+    layout: PaddedLayout | None,
     weights: Sequence[LayerWeights],
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -87,13 +89,12 @@ def _run_layer(
     last: bool,
 ) -> DenseOutput:
     """One layer over ``[T, B, I]``; its output is zero in the padding, and if ``last`` a copy."""
-    padding, hidden_size = layout.padding, weights[0].hidden_size
-    if padding is None:
+    if layout is None:
         dense = run_dense_layer(x, weights, h_0, c_0)
         copied = last and dense.output.requires_grad
         return dense._replace(output=dense.output.clone()) if copied else dense
-    carry = padding.carry.to(x.dtype)
-    x = onednn.with_carry(x, carry, padding.keep)
+    hidden_size = weights[0].hh.shape[1]
+    x = onednn.with_carry(x, layout.carry, layout.valid)
     if len(weights) == 2:
         raw, h_n, c_n = run_dense_layer(x, weights, h_0, c_0, carry=True)
     else:  # the same, without final states that are made anew here
@@ -104,9 +105,9 @@ def _run_layer(
         raw, h_n, c_n, _ = onednn.one_layer(x, onednn.operands(weights[0], carry=True), h, c)
     output = raw
     if raw.requires_grad:  # oneDNN's backward needs what it returned
-        output, c_n = _copied(raw, carry) if last else raw, c_n.clone()
+        output, c_n = _copied(raw, layout.carry) if last else raw, c_n.clone()
     # Behind what is large and goes again: before it, it would stay in the way (4 of 22 MiB).
-    own = raw.gather(0, padding.last.expand(-1, -1, hidden_size))
+    own = raw.gather(0, layout.last.expand(-1, -1, hidden_size))
     if len(weights) == 1:
         return DenseOutput(output, own, c_n.view(1, -1, hidden_size))
     # The last step may be padding; the reverse direction's is the first.

@@ -174,7 +174,7 @@ def _run_direction(
         # The gradients of all rectangles are added up in float32, and rounded once.
         flat = [weight.float() for weight in flat]
     if layout.has_padding:
-        rows = onednn.with_carry(rows, layout.carry.to(rows.dtype), layout.keep)
+        rows = onednn.with_carry(rows, layout.carry.to(rows.dtype), layout.valid)
     h_0, outputs, ended = h, [], []
     counts = [(last - first) * width for first, last, width in layout.rectangles]
     parts = rows.split([*counts, 1])

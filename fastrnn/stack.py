@@ -88,9 +88,9 @@ def _dropout(rows: Tensor, layout: Layout, probability: float) -> Tensor:
     """Dropout of the valid rows, whose draws are nn.LSTM's for packed sequences."""
     if not isinstance(layout, RectangleLayout):
         return functional.dropout(rows, probability, training=True)
-    scale = rows.new_ones(layout.valid.shape[0], rows.shape[1])
+    scale = rows.new_ones(layout.valid_rows.shape[0], rows.shape[1])
     scale = functional.dropout(scale, probability, training=True)
-    return rows * rows.new_zeros(rows.shape).index_copy_(0, layout.valid, scale)
+    return rows * rows.new_zeros(rows.shape).index_copy_(0, layout.valid_rows, scale)
 
 
 def _widths(layer: Sequence[LayerWeights]) -> tuple[int, int]:

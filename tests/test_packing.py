@@ -120,10 +120,10 @@ def cut_layout(*args, **kwargs):
         return layout
     check_rectangles(layout)
     return PackedLayout(
-        layout.valid.shape[0],
+        layout.valid_rows.shape[0],
         layout.sequences,
         torch.tensor(layout.sizes),
-        layout.gather[layout.valid],
+        layout.gather[layout.valid_rows],
         layout.owner,
         layout.enters,
         layout.leaves,
@@ -135,15 +135,15 @@ def check_rectangles(layout):
     slots = sum((last - first) * sequences for first, last, sequences in layout.rectangles)
     assert layout.rows == slots + 1
     rows = range(layout.rows)
-    padding = (layout.keep.squeeze(1) == 0).nonzero().squeeze(1).tolist()
-    assert sorted([*layout.valid.tolist(), *padding]) == list(rows)
+    padding = (~layout.valid.squeeze(1)).nonzero().squeeze(1).tolist()
+    assert sorted([*layout.valid_rows.tolist(), *padding]) == list(rows)
     assert padding[-1] == slots
     assert layout.has_padding == (len(padding) > 1)
-    where = {(int(layout.step[r]), int(layout.sequence[r])): r for r in layout.valid.tolist()}
+    where = {(int(layout.step[r]), int(layout.sequence[r])): r for r in layout.valid_rows.tolist()}
     lengths = layout.lengths.tolist()
     assert sorted(where) == sorted((t, s) for s, n in enumerate(lengths) for t in range(n))
     back = layout.spread.tolist()
-    assert all(back[layout.gather[row]] == row for row in layout.valid.tolist())
+    assert all(back[layout.gather[row]] == row for row in layout.valid_rows.tolist())
     assert back.count(slots) == len(back) - len(where)
     assert layout.last.tolist() == [where[n - 1, s] for s, n in enumerate(lengths) if n]
     opposite = {row: where[lengths[s] - 1 - t, s] for (t, s), row in where.items()}

@@ -149,9 +149,9 @@ class Run:
     def __init__(self, problem, pieces, save):
         layout = cut_rows(problem.sizes, problem.sizes[0] + 2, lambda _: pieces)
         directions = 2 if problem.reverse else 1
-        self.sizes, self.valid = problem.sizes, layout.valid
+        self.sizes, self.valid = problem.sizes, layout.valid_rows
         slots = problem.rows.new_zeros(layout.rows, problem.rows.shape[1])
-        slots[layout.valid] = problem.rows
+        slots[layout.valid_rows] = problem.rows
         inputs = [slots]
         for state in (problem.h_0, problem.c_0):
             inputs.append(state.expand(directions, *state.shape).contiguous())
@@ -167,7 +167,7 @@ class Run:
         columns = slice(self.direction * hidden_size, (self.direction + 1) * hidden_size)
         self.taken = output.h[:, columns], output.h_n[self.direction], output.c_n[self.direction]
         h, self.h_n, self.c_n = (part.detach() for part in self.taken)
-        self.h = h[layout.valid]
+        self.h = h[layout.valid_rows]
         assert (h[-1] == 0).all()
         if problem.rows.isfinite().all():  # else a sequence's padding is as spoiled as its states
             assert (h[layout.empty] == 0).all()
