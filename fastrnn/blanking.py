@@ -21,3 +21,17 @@ def blank_(x: Tensor, valid: Tensor) -> Tensor:
     """
     x.view(_INTEGERS[x.element_size()]).mul_(valid)
     return x
+
+
+def blanked(x: Tensor, valid: Tensor) -> Tensor:
+    """A copy of ``x`` with zeros in its padding; differentiable, as often as wanted.
+
+    Args:
+        x: ``[..., F]``, floating-point.
+        valid: bool ``[..., 1]``, False in the padding.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return torch.where(valid, x, 0.0)  # three to ten times as slow
+    integer = _INTEGERS[x.element_size()]
+    bits = torch.empty(x.shape, dtype=integer, device=x.device)  # contiguous, as oneDNN wants it
+    return torch.mul(x.view(integer), valid, out=bits).view(x.dtype)

@@ -15,12 +15,14 @@ only; with initial states of its own such a batch is packed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastrnn import onednn
+from fastrnn.blanking import blanked
 from fastrnn.dense import DenseOutput, run_dense_layer
 from fastrnn.packing import PaddedLayout
 from fastrnn.reference import LayerWeights
@@ -71,7 +73,7 @@ def run_padded(
             weights if wide == dtype else [direction.to(wide) for direction in weights],
             None if h_0 is None else h_0[states],
             None if c_0 is None else c_0[states],
-            last=index == len(layers) - 1,
+            final=index == len(layers) - 1,
         )
         h_n.append(last_h)
         c_n.append(last_c)
@@ -86,42 +88,56 @@ def _run_layer(
     h_0: Tensor | None,
     c_0: Tensor | None,
     *,
-    last: bool,
+    final: bool,
 ) -> DenseOutput:
-    """One layer over ``[T, B, I]``; its output is zero in the padding, and if ``last`` a copy."""
+    """One layer over ``[T, B, I]``; its output is zero in the padding, and if ``final`` a copy."""
     if layout is None:
         dense = run_dense_layer(x, weights, h_0, c_0)
-        copied = last and dense.output.requires_grad
+        copied = final and dense.output.requires_grad
         return dense._replace(output=dense.output.clone()) if copied else dense
     hidden_size = weights[0].hh.shape[1]
     x = onednn.with_carry(x, layout.carry, layout.valid)
     if len(weights) == 2:
-        raw, h_n, c_n = run_dense_layer(x, weights, h_0, c_0, carry=True)
+        output, h_n, c_n = run_dense_layer(x, weights, h_0, c_0, carry=True)
     else:  # the same, without final states that are made anew here
         if h_0 is None or c_0 is None:
             h = c = x.new_zeros(x.shape[1], hidden_size)
         else:
             h, c = h_0[0].contiguous(), c_0[0].contiguous()
-        raw, h_n, c_n, _ = onednn.one_layer(x, onednn.operands(weights[0], carry=True), h, c)
-    output = raw
-    if raw.requires_grad:  # oneDNN's backward needs what it returned
-        output, c_n = _copied(raw, layout.carry) if last else raw, c_n.clone()
-    # Behind what is large and goes again: before it, it would stay in the way (4 of 22 MiB).
-    own = raw.gather(0, layout.last.expand(-1, -1, hidden_size))
+        output, h_n, c_n, _ = onednn.one_layer(x, onednn.operands(weights[0], carry=True), h, c)
+    last = layout.last.expand(-1, -1, hidden_size)
+    if output.requires_grad:
+        c_n = c_n.clone()  # backward needs what oneDNN returned
+    if output.requires_grad and final:
+        output, own = _ended(output, layout.valid, last)
+    else:
+        own = output.gather(0, last)
     if len(weights) == 1:
         return DenseOutput(output, own, c_n.view(1, -1, hidden_size))
     # The last step may be padding; the reverse direction's is the first.
     return DenseOutput(output, torch.cat([own, h_n[1:]]), c_n)
 
 
-def _copied(output: Tensor, carry: Tensor) -> Tensor:
-    """A copy that lets no gradient into the padding: the user's may be NaN there.
+class _Ended(torch.autograd.Function):
+    """A copy of the outputs, and one direction's at the last valid steps.
 
-    Outputs lie in [-1, 1]; in the padding they are lowered beyond it, and a threshold makes zeros
-    of them and of their gradients. Two nodes of torch take less time than one written in Python (60
-    of 1950 us of a training step of B8 T50 H64).
+    No gradient goes into the padding: the user's may be NaN there. torch's nodes would fill two
+    more tensors as large as the output with gradients.
     """
-    return functional.threshold(torch.sub(output, carry, alpha=3), -2, 0)
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, valid: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.valid, ctx.last = valid, last
+        return output.clone(), output.gather(0, last)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None]:
+        return blanked(d_output, ctx.valid).scatter_add_(0, ctx.last, d_own), None, None
+
+
+# Function.apply without its looking for functorch, which cannot be here (see onednn.py): 50 us of
+# 1900 in a training step of B8 T50 H64.
+_ended = super(torch.autograd.Function, _Ended).apply
 
 
 def _stacked(states: Sequence[Tensor]) -> Tensor:
