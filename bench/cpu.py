@@ -65,7 +65,7 @@ class Options:
     @property
     def servers(self) -> int:
         """Whose median a small measurement of memory is."""
-        return 1 if self.quick else 2 * self.min_rounds - 1
+        return 1 if self.quick else 4 * self.min_rounds - 3
 
     def effort(self, case: Case) -> Effort:
         """What one case takes."""
