@@ -307,8 +307,6 @@ class LSTM(nn.RNNBase):
         each = unflatten_weights(
             *(flat, self.num_layers * directions), bias=self.bias, projection=self.proj_size > 0
         )
-        if self.num_layers == 1:
-            return [each]
         return [each[begin : begin + directions] for begin in range(0, len(each), directions)]
 
     def _check_device(self, kind: str, form: Form, *tensors: Tensor) -> None:

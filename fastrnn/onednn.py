@@ -52,7 +52,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN can compute in this dtype there."""
     return (
         device == CPU
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bfloat16()))
+        and dtype in (torch.float32, torch.bfloat16)
+        and compute_dtype(dtype) == dtype
         and torch._C._has_mkldnn
         and torch._C._get_mkldnn_enabled()
     )
@@ -148,9 +149,8 @@ def one_layer(
         c_0: likewise.
     """
     ih, hh, bias_ih, bias_hh = weights
-    train = torch.is_grad_enabled() and (
-        x.requires_grad or any(tensor.requires_grad for tensor in (h_0, c_0, *weights))
-    )
+    inputs = (x, h_0, c_0, *weights)
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return torch.mkldnn_rnn_layer(
         x,
         ih,

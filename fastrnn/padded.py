@@ -105,9 +105,9 @@ def _run_layer(
         else:
             h, c = h_0[0].contiguous(), c_0[0].contiguous()
         output, h_n, c_n, _ = onednn.one_layer(x, onednn.operands(weights[0], carry=True), h, c)
+        if output.requires_grad:
+            c_n = c_n.clone()  # backward needs what oneDNN returned
     last = layout.last.expand(-1, -1, hidden_size)
-    if output.requires_grad:
-        c_n = c_n.clone()  # backward needs what oneDNN returned
     if output.requires_grad and final:
         output, own = _ended(output, layout.valid, last)
     else:
