@@ -1,9 +1,9 @@
-"""``python -m bench costs``: fit the models of fastrnn/costs.py to this processor.
+"""``python -m bench costs``: fit the models of fastrnn/choosing/costs.py to this processor.
 
 Every path is forced upon the same ragged batches, on one thread and on two, and what it took is
 fitted by non-negative least squares of the relative errors. The lines that are printed are those of
-the table in fastrnn/costs.py. A quarter of a batch's time is that of its first run, when oneDNN
-compiles code for its shapes, and the rest that of the others: in training shapes come again.
+the table in fastrnn/choosing/costs.py. A quarter of a batch's time is that of its first run, when
+oneDNN compiles code for its shapes, and the rest that of the others: in training shapes come again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bench.providers import Provider
 from bench.workloads import Batch, Batches, Case, Shape
-from fastrnn import costs, lstm
-from fastrnn.packing import (
+from fastrnn import lstm
+from fastrnn.choosing import costs
+from fastrnn.input.packing import (
     Layout,
     PackedLayout,
     PaddedLayout,
@@ -32,7 +33,7 @@ from fastrnn.packing import (
     padded_layout,
     ragged_layout,
 )
-from fastrnn.rectangles import plan
+from fastrnn.ways.rectangles import plan
 
 SHAPES = (
     *(Shape(4, 40, 12, 64), Shape(8, 50, 12, 64), Shape(32, 60, 12, 64), Shape(128, 29, 12, 64)),
@@ -89,7 +90,7 @@ class Fit(NamedTuple):
     error: float
 
     def line(self) -> str:
-        """As fastrnn/costs.py has it."""
+        """As fastrnn/choosing/costs.py has it."""
         pairs = itertools.batched if hasattr(itertools, "batched") else _pairs
         parts = (f"({a:.3g}, {b:.3g})" for a, b in pairs(self.coefficients, 2))
         return f"({', '.join(parts)}),"
@@ -161,7 +162,7 @@ def measure(
 
 
 class _Arrangement:
-    """Stands in for fastrnn.arrange.arrange; keeps the layout it made last."""
+    """Stands in for fastrnn.choosing.arrange.arrange; keeps the layout it made last."""
 
     def __init__(self, make: Callable[[Any, Tensor], AnyLayout]) -> None:
         self.make = make

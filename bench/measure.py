@@ -20,7 +20,7 @@ from bench import devices, verify
 from bench.providers import LABELS, Provider, cannot_run, is_checked, reference_of
 from bench.timing import interleave, speedup, spread
 from bench.workloads import Batch, Batches, Case
-from fastrnn.backends import can_run_triton
+from fastrnn.choosing.backends import can_run_triton
 
 Record = dict[str, Any]
 Advance = Callable[[float], None]

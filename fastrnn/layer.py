@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import onednn
-from fastrnn.backends import on_kernels
-from fastrnn.dense import run_dense_rows
-from fastrnn.fused import Fused, FusedCall
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.choosing.backends import on_kernels
+from fastrnn.input.packing import Layout, PackedLayout, RectangleLayout
 from fastrnn.operators import lstm_layer_op
-from fastrnn.packing import Layout, PackedLayout, RectangleLayout
-from fastrnn.rectangles import run_rectangles
-from fastrnn.recurrence import (
+from fastrnn.ways import onednn
+from fastrnn.ways.dense import run_dense_rows
+from fastrnn.ways.fused import Fused, FusedCall
+from fastrnn.ways.rectangles import run_rectangles
+from fastrnn.ways.recurrence import (
     LayerOutput,
     Memory,
     flatten_weights,
@@ -33,9 +34,8 @@ from fastrnn.recurrence import (
     pad_rows,
     run,
 )
-from fastrnn.reference import LayerWeights
-from fastrnn.step_loop import Call, StepLoop, host_sizes, run_composite
-from fastrnn.widening import narrow, widen
+from fastrnn.ways.step_loop import Call, StepLoop, host_sizes, run_composite
+from fastrnn.ways.widening import narrow, widen
 
 
 def lstm_layer(
@@ -58,7 +58,7 @@ def lstm_layer(
         h_0: ``[D, S, P]``.
         c_0: ``[D, S, H]``.
         cell_states: return the cell state of every row.
-        backend: what :func:`fastrnn.backends.resolve_backend` said.
+        backend: what :func:`fastrnn.choosing.backends.resolve_backend` said.
         memory: "save" or "recompute" the gates for backward.
 
     Returns:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import onednn
-from fastrnn.arrange import Work, arrange
-from fastrnn.backends import Backend, check_backend, resolve_backend
-from fastrnn.dense import can_run_dense, run_dense
-from fastrnn.forms import Form, Jagged, Packed, Padded
-from fastrnn.packing import Lengths, PaddedLayout
-from fastrnn.padded import run_padded
-from fastrnn.recurrence import Memory, autocast_dtype, outside_autocast, unflatten_weights
-from fastrnn.reference import LayerWeights
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.choosing.arrange import Work, arrange
+from fastrnn.choosing.backends import Backend, check_backend, resolve_backend
+from fastrnn.input.forms import Form, Jagged, Packed, Padded
+from fastrnn.input.packing import Lengths, PaddedLayout
 from fastrnn.stack import run_stack
+from fastrnn.ways import onednn
+from fastrnn.ways.dense import can_run_dense, run_dense
+from fastrnn.ways.padded import run_padded
+from fastrnn.ways.recurrence import Memory, autocast_dtype, outside_autocast, unflatten_weights
 
 States: TypeAlias = tuple[Tensor, Tensor]
 Sequences: TypeAlias = Tensor | PackedSequence

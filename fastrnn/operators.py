@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn import onednn
-from fastrnn.arrange import Work
-from fastrnn.backends import on_kernels
-from fastrnn.forms import into_rectangles, out_of_rectangles
-from fastrnn.fused import FusedCall, fused_backward, fused_forward
-from fastrnn.packing import Steps, cut_rows, steps_of
-from fastrnn.rectangles import run_rectangles
-from fastrnn.recurrence import (
+from fastrnn.cells.lstm import compute_dtype
+from fastrnn.choosing.arrange import Work
+from fastrnn.choosing.backends import on_kernels
+from fastrnn.input.forms import into_rectangles, out_of_rectangles
+from fastrnn.input.packing import Steps, cut_rows, steps_of
+from fastrnn.ways import onednn
+from fastrnn.ways.fused import FusedCall, fused_backward, fused_forward
+from fastrnn.ways.rectangles import run_rectangles
+from fastrnn.ways.recurrence import (
     LayerOutput,
     Memory,
     OutputGradients,
     outside_autocast,
     pad_rows,
 )
-from fastrnn.reference import compute_dtype
-from fastrnn.step_loop import Call, States, host_sizes, steps_backward, steps_forward
+from fastrnn.ways.step_loop import Call, States, host_sizes, steps_backward, steps_forward
 
 
 @torch.library.custom_op("fastrnn::lstm_layer", mutates_args=())

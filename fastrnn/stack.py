@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.input.packing import Layout, RectangleLayout
 from fastrnn.layer import lstm_layer
-from fastrnn.packing import Layout, RectangleLayout
-from fastrnn.recurrence import Memory
-from fastrnn.reference import LayerWeights
+from fastrnn.ways.recurrence import Memory
 
 
 class StackOutput(NamedTuple):

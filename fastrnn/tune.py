@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.backends import can_run_triton
+from fastrnn.choosing.backends import can_run_triton
+from fastrnn.input.packing import Lengths, PackedLayout, ragged_layout
 from fastrnn.lstm import LSTM
-from fastrnn.packing import Lengths, PackedLayout, ragged_layout
-from fastrnn.recurrence import autocast_dtype
-from fastrnn.widening import wide_hidden_size
+from fastrnn.ways.recurrence import autocast_dtype
+from fastrnn.ways.widening import wide_hidden_size
 
 if TYPE_CHECKING:
     from fastrnn_kernels.tuning import Tuned
@@ -88,7 +88,7 @@ def tune(
     if not layout.rows or not layout.sequences:
         raise ValueError("example must have at least one valid step")
 
-    from fastrnn.fused import input_precision
+    from fastrnn.ways.fused import input_precision
     from fastrnn_kernels.tuning import tune_recurrence
 
     return tune_recurrence(

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from fastrnn.costs import costs_of
+from fastrnn.choosing.costs import costs_of
 
 # The same examples on every run, so a red run can be repeated; no deadline: CI's cores are shared.
 hypothesis.settings.register_profile("fastrnn", deadline=None, derandomize=True)

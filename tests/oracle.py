@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import costs, onednn
-from fastrnn.arrange import Work
-from fastrnn.costs import Costs, LayerCosts
+from fastrnn.choosing import costs
+from fastrnn.choosing.arrange import Work
+from fastrnn.choosing.costs import Costs, LayerCosts
+from fastrnn.ways import onednn
 
 # Of a tensor's largest entry: a few roundings, times the square root of the terms that are summed.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-13}

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import fastrnn
-from fastrnn.forms import Padded
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.input.forms import Padded
+from fastrnn.input.packing import ragged_layout
 from fastrnn.layer import lstm_layer
-from fastrnn.packing import ragged_layout
-from fastrnn.reference import LayerWeights
 from tests.oracle import (
     as_function,
     assert_agree,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import onednn
 from fastrnn.operators import lstm_layer_backward_op, lstm_layer_op
+from fastrnn.ways import onednn
 from tests.oracle import every_path, forced, make_state
 
 I, H = 3, 5

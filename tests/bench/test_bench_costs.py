@@ -11,7 +11,7 @@ from rich.console import Console
 from bench import costs
 from bench.costs import Sample, fit
 from bench.workloads import Shape
-from fastrnn.costs import PATHS
+from fastrnn.choosing.costs import PATHS
 
 TRUE = (1e-3, 0.0, 5e-5, 2e-10, 1e-6, 5e-11)
 EXTENTS = [

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from unittest import mock
 
+from fastrnn.choosing import backends
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels.tiling import Tile, ceil_div
 from tests.interpreter import RoundRobin, Schedule, cooperative
-
-_backends = sys.modules["fastrnn.backends"]  # fastrnn.backends is the function
 
 
 def small_tile(residency: str, S: int, H: int) -> Tile:
@@ -32,7 +30,7 @@ def on_kernels(residency: str = "split", schedule: Schedule | None = None) -> It
 
     launches = mock.Mock(wraps=choose)
     with (
-        mock.patch.object(_backends, "_device_reason", lambda *_: None),
+        mock.patch.object(backends, "_device_reason", lambda *_: None),
         mock.patch.object(forward_module, "forward_tile", launches),
         mock.patch.object(backward_module, "backward_tile", launches),
         cooperative(schedule or RoundRobin()),

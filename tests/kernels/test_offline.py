@@ -15,7 +15,7 @@ import pytest
 import triton
 
 import fastrnn_kernels
-from fastrnn.widening import UNITS, wide_hidden_size
+from fastrnn.ways.widening import UNITS, wide_hidden_size
 from fastrnn_kernels.offline import (
     BATCH_SIZES,
     DTYPES,

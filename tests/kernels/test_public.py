@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn.packing import ragged_layout
+from fastrnn.input.packing import ragged_layout
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels.launch import CannotLaunch
@@ -184,7 +184,7 @@ def _bounded() -> Iterator[None]:
         with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
             return ragged_layout(*arguments, **options)
 
-    with mock.patch("fastrnn.arrange.ragged_layout", layout):
+    with mock.patch("fastrnn.choosing.arrange.ragged_layout", layout):
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 import fastrnn
+from fastrnn.choosing import backends
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels import tile_store, tuning
@@ -59,7 +59,6 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels for tensors on the CPU, cut by the small tiles."""
-    backends = importlib.import_module("fastrnn.backends")  # the name is a function's in fastrnn
     monkeypatch.setattr(backends, "_device_reason", lambda *_: None)
     monkeypatch.setattr(tuning, "fitting_tiles", lambda *_: SMALL)
     monkeypatch.setattr(tuning, "forward_tile", lambda *_: SMALL[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -15,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastrnn
-from fastrnn import layer, widening
-from fastrnn.forms import Padded
+from fastrnn import layer
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.choosing import backends
+from fastrnn.input.forms import Padded
+from fastrnn.input.packing import dense_layout, ragged_layout
 from fastrnn.layer import lstm_layer
-from fastrnn.packing import dense_layout, ragged_layout
-from fastrnn.reference import LayerWeights
+from fastrnn.ways import widening
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from tests.kernels.launches import on_kernels
@@ -257,7 +258,6 @@ def test_function_transforms_need_no_added_units() -> None:
 
 @pytest.mark.parametrize(("H", "wide"), [(1, 8), (13, 16), (16, 16)])
 def test_whether_the_kernels_can_run_is_asked_of_what_they_get(H: int, wide: int) -> None:
-    backends = sys.modules["fastrnn.backends"]
     asked = []
 
     def choose(S: int, H: int, *_: object) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fastrnn.costs import LayerCosts
-from fastrnn.packing import Rectangle, cut_rows, staircase
-from fastrnn.rectangles import MOST_PLACES, least_seconds, plan, run_rectangles
-from fastrnn.recurrence import unflatten_weights
-from fastrnn.reference import LayerWeights, lstm_backward, lstm_forward
+from fastrnn.cells.lstm import LayerWeights, lstm_backward, lstm_forward
+from fastrnn.choosing.costs import LayerCosts
+from fastrnn.input.packing import Rectangle, cut_rows, staircase
+from fastrnn.ways.rectangles import MOST_PLACES, least_seconds, plan, run_rectangles
+from fastrnn.ways.recurrence import unflatten_weights
 from tests.oracle import assert_agree, assert_identical
 
 pytestmark = pytest.mark.skipif(

@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import onednn
-from fastrnn.costs import LayerCosts
-from fastrnn.packing import Rectangle, RectangleLayout
-from fastrnn.recurrence import LayerOutput, side_by_side
-from fastrnn.reference import LayerWeights
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.choosing.costs import LayerCosts
+from fastrnn.input.packing import Rectangle, RectangleLayout
+from fastrnn.ways import onednn
+from fastrnn.ways.recurrence import LayerOutput, side_by_side
 
 # A plan's cuts are multiples of a power of two of steps, of which there are at most so many, and at
 # most twice as many as sequences: looking costs 2 us a place.

@@ -8,7 +8,7 @@ is itself differentiated goes through differentiable operations.
 16-bit inputs are computed in float32 and rounded once, at the output, where a path does not say
 otherwise.
 
-Notation as in reference.py; D directions.
+Notation as in cells/lstm.py; D directions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrnn.reference import LayerWeights, compute_dtype
+from fastrnn.cells.lstm import LayerWeights, compute_dtype
 
 # Compared with a device in every call: the name of its type is made anew each time, 3 us cold.
 CPU = torch.device("cpu")

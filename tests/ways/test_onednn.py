@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import onednn
+from fastrnn.ways import onednn
 from tests.oracle import (
     PATHS,
     answer,

@@ -12,9 +12,12 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
-from fastrnn import costs, layer, rectangles, reference
+from fastrnn import layer
 from fastrnn import lstm as lstm_module
-from fastrnn.arrange import Work
+from fastrnn.cells import lstm as lstm_cell
+from fastrnn.choosing import costs
+from fastrnn.choosing.arrange import Work
+from fastrnn.ways import rectangles
 from tests.oracle import (
     PATHS,
     answer,
@@ -62,12 +65,12 @@ def calls():
 
         return run
 
-    loop = counted("loop", reference.lstm_forward)
+    loop = counted("loop", lstm_cell.lstm_forward)
     rects = counted("rectangles", rectangles._run_direction)
     padded = counted("padded", lstm_module.run_padded)
     rows = counted("padded", layer.run_dense_rows)
     with (
-        mock.patch.object(reference, "lstm_forward", loop),
+        mock.patch.object(lstm_cell, "lstm_forward", loop),
         mock.patch.object(rectangles, "_run_direction", rects),
         mock.patch.object(lstm_module, "run_padded", padded),
         mock.patch.object(layer, "run_dense_rows", rows),
@@ -648,7 +651,7 @@ def test_double_backward_where_no_sequence_has_a_step():
 @pytest.mark.parametrize("before", [False, True], ids=["ieee", "tf32"])
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 def test_products_have_the_rnns_precision_and_the_switch_is_put_back(precision, before):
-    from fastrnn.fused import products_of
+    from fastrnn.ways.fused import products_of
 
     matmul, cuda = torch.backends.cuda.matmul, torch.device("cuda")
     untouched = matmul.fp32_precision
@@ -669,7 +672,7 @@ def test_products_have_the_rnns_precision_and_the_switch_is_put_back(precision, 
 
 
 def test_a_switch_that_was_never_set_stays_so():
-    from fastrnn.fused import products_of
+    from fastrnn.ways.fused import products_of
 
     matmul = torch.backends.cuda.matmul
     assert matmul.fp32_precision == "none"

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrnn import arrange, costs
-from fastrnn.arrange import KEPT_ROW, Work
-from fastrnn.forms import Padded
-from fastrnn.packing import staircase
-from fastrnn.rectangles import plan
+from fastrnn.choosing import arrange, costs
+from fastrnn.choosing.arrange import KEPT_ROW, Work
+from fastrnn.input.forms import Padded
+from fastrnn.input.packing import staircase
+from fastrnn.ways.rectangles import plan
 from tests.oracle import every_processor
 
 SMALL, LARGE = (12, 64), (256, 512)

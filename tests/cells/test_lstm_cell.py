@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import reference
-from fastrnn.reference import LayerWeights, lstm_backward, lstm_composite, lstm_forward
+from fastrnn.cells import lstm as lstm_cell
+from fastrnn.cells.lstm import LayerWeights, lstm_backward, lstm_composite, lstm_forward
 from tests.oracle import assert_agree, assert_identical
 
 I, H = 3, 4
@@ -289,8 +289,8 @@ def test_where_time_is_cut_into_blocks_changes_nothing(
     cell, most_rows, sizes, reverse, monkeypatch
 ):
     problem = Problem(sizes, reverse=reverse, **cell)
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(reference, "BLOCK_MIN_ROWS", most_rows)
+    monkeypatch.setattr(lstm_cell, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(lstm_cell, "BLOCK_MIN_ROWS", most_rows)
     run = problem.forward()
     expected, gradients = problem.by_autograd()
     assert_agree(outputs(run), expected)
@@ -302,9 +302,9 @@ def test_where_time_is_cut_into_blocks_changes_nothing(
 @pytest.mark.parametrize("most_rows", [1, 3, 6, 100])
 @every_sizes
 def test_blocks_hold_every_row_once_and_no_more_than_fits(sizes, most_rows, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 4 * H * most_rows)
-    monkeypatch.setattr(reference, "BLOCK_MIN_ROWS", 1)
-    blocks = reference._blocks(sizes, H)
+    monkeypatch.setattr(lstm_cell, "BLOCK_ELEMENTS", 4 * H * most_rows)
+    monkeypatch.setattr(lstm_cell, "BLOCK_MIN_ROWS", 1)
+    blocks = lstm_cell._blocks(sizes, H)
     rows = [row for block in blocks for row in range(block.begin, block.end)]
     assert rows == list(range(sum(sizes)))
     for block in blocks:

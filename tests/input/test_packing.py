@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastrnn.forms import Jagged, Packed, Padded
-from fastrnn.packing import (
+from fastrnn.input.forms import Jagged, Packed, Padded
+from fastrnn.input.packing import (
     PackedLayout,
     Rectangle,
     RectangleLayout,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastrnn.blanking import blank_, blanked
+from fastrnn.input.blanking import blank_, blanked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

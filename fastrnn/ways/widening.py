@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrnn.recurrence import LayerOutput
-from fastrnn.reference import LayerWeights
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.ways.recurrence import LayerOutput
 
 # Numbers of 16 bits in 16 bytes; of 32 bits half as many would do.
 UNITS = 8

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import costs
-from fastrnn.costs import Costs
-from fastrnn.forms import Form, Packed, Padded
-from fastrnn.packing import (
+from fastrnn.choosing import costs
+from fastrnn.choosing.costs import Costs
+from fastrnn.input.forms import Form, Packed, Padded
+from fastrnn.input.packing import (
     Layout,
     Lengths,
     PaddedLayout,
@@ -27,7 +27,7 @@ from fastrnn.packing import (
     ragged_layout,
     staircase,
 )
-from fastrnn.rectangles import least_seconds, plan
+from fastrnn.ways.rectangles import least_seconds, plan
 
 # What a row that rectangles would leave out counts in training besides its time, in rows: it is
 # kept for backward as a valid one is.
@@ -91,7 +91,7 @@ def arrange(
 
     Args:
         form: the input's form.
-        lengths: as in :func:`fastrnn.packing.ragged_layout`, and so are the next two.
+        lengths: as in :func:`fastrnn.input.packing.ragged_layout`, and so are the next two.
         mask: see there.
         resets: see there.
         work: what oneDNN is to do; None where it cannot.

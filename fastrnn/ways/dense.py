@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import onednn
-from fastrnn.recurrence import LayerOutput
-from fastrnn.reference import LayerWeights
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.ways import onednn
+from fastrnn.ways.recurrence import LayerOutput
 
 
 class DenseOutput(NamedTuple):

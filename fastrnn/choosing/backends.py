@@ -1,6 +1,6 @@
 """Which backend runs the recurrence, and why not another.
 
-- ``reference``: plain PyTorch, on every device and in every dtype; the step loop of reference.py.
+- ``reference``: plain PyTorch, on every device and in every dtype; the step loop of cells/lstm.py.
 - ``triton``: the kernels of ``fastrnn_kernels``, on GPUs. One function, :func:`can_run_triton`,
   gives the reason where they cannot run, to the automatic choice, to the error for an explicit
   request and to the log.
@@ -17,8 +17,8 @@ from typing import Literal, get_args
 
 import torch
 
-from fastrnn.recurrence import CPU
-from fastrnn.widening import wide_hidden_size
+from fastrnn.ways.recurrence import CPU
+from fastrnn.ways.widening import wide_hidden_size
 
 Backend = Literal["auto", "reference", "triton"]
 Resolved = Literal["auto", "reference", "triton", "triton-or-reference"]

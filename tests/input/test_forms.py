@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fastrnn.forms import Jagged, Packed, Padded
-from fastrnn.packing import ragged_layout
+from fastrnn.input.forms import Jagged, Packed, Padded
+from fastrnn.input.packing import ragged_layout
 from tests.oracle import valid_steps
 
 B, T, I = 4, 6, 3

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastrnn import costs
-from fastrnn.costs import PATHS, costs_of
+from fastrnn.choosing import costs
+from fastrnn.choosing.costs import PATHS, costs_of
 from tests.oracle import every_processor
 
 every_mode = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])

@@ -1,4 +1,4 @@
-"""A layer by the step loop of reference.py: every direction, with what each saves.
+"""A layer by the step loop of cells/lstm.py: every direction, with what each saves.
 
 :class:`StepLoop` is the path of recurrence.py. :func:`steps_forward` and :func:`steps_backward` do
 the same with all that is saved in tensors of shapes known beforehand, ``[N, D, ...]`` over all rows
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn import reference
-from fastrnn.recurrence import (
+from fastrnn.cells import lstm as lstm_cell
+from fastrnn.cells.lstm import Forward, Gradients, LayerWeights, compute_dtype
+from fastrnn.ways.recurrence import (
     LayerOutput,
     Memory,
     OutputGradients,
@@ -25,7 +26,6 @@ from fastrnn.recurrence import (
     to_compute,
     unflatten_weights,
 )
-from fastrnn.reference import Forward, Gradients, LayerWeights, compute_dtype
 
 
 class Call(NamedTuple):
@@ -75,7 +75,7 @@ def run_forward(
     dtype = rows.dtype
     rows, h_0, c_0, *flat = to_compute(rows, h_0, c_0, *flat)
     results = [
-        reference.lstm_forward(
+        lstm_cell.lstm_forward(
             *(rows, call.sizes, direction, h_0[index], c_0[index]),
             reverse=index == 1,
             save_gates=save and call.memory == "save",
@@ -121,7 +121,7 @@ def run_backward(
     by_direction = call.unflatten(flat)
     for index, (weights, run) in enumerate(zip(by_direction, directions, strict=True)):
         assert run.c is not None
-        result = reference.lstm_backward(
+        result = lstm_cell.lstm_backward(
             None if grads.h is None else columns(grads.h, index, size_h),
             None if grads.h_n is None else grads.h_n[index],
             None if grads.c_n is None else grads.c_n[index],
@@ -183,7 +183,7 @@ def run_composite(
     dtype = rows.dtype
     rows, h_0, c_0, *flat = (t.to(compute_dtype(dtype)) for t in (rows, h_0, c_0, *flat))
     results = [
-        reference.lstm_composite(
+        lstm_cell.lstm_composite(
             *(rows, call.sizes, weights, h_0[index], c_0[index]),
             reverse=index == 1,
         )
@@ -207,7 +207,7 @@ class StepLoop(NamedTuple):
     def forward(
         self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
     ) -> tuple[LayerOutput, list[Tensor | None]]:
-        """See :class:`fastrnn.recurrence.Path`."""
+        """See :class:`fastrnn.ways.recurrence.Path`."""
         output, runs = run_forward(self.call, rows, h_0, c_0, flat, save=save)
         return output, [output.h, *(tensor for run in runs for tensor in (run.c, *run.saved))]
 
@@ -221,7 +221,7 @@ class StepLoop(NamedTuple):
         saved: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """See :class:`fastrnn.recurrence.Path`."""
+        """See :class:`fastrnn.ways.recurrence.Path`."""
         h, *states = saved
         each = len(states) // self.call.directions
         runs = [
@@ -233,7 +233,7 @@ class StepLoop(NamedTuple):
     def composite(
         self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
     ) -> LayerOutput:
-        """See :class:`fastrnn.recurrence.Path`."""
+        """See :class:`fastrnn.ways.recurrence.Path`."""
         return run_composite(self.call, rows, h_0, c_0, flat)
 
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastrnn import onednn
-from fastrnn.blanking import blanked
-from fastrnn.dense import DenseOutput, run_dense_layer
-from fastrnn.packing import PaddedLayout
-from fastrnn.reference import LayerWeights
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.input.blanking import blanked
+from fastrnn.input.packing import PaddedLayout
+from fastrnn.ways import onednn
+from fastrnn.ways.dense import DenseOutput, run_dense_layer
 
 
 def run_padded(

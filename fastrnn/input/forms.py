@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.blanking import blank_
-from fastrnn.packing import (
+from fastrnn.input.blanking import blank_
+from fastrnn.input.packing import (
     Cut,
     Layout,
     PackedLayout,

@@ -14,7 +14,7 @@ float32 products, inside the kernels and around them, follow torch's switch for 
 (``torch.backends.cudnn.rnn.fp32_precision``, ``torch.backends.cudnn.allow_tf32``), as nn.LSTM's do:
 TF32, or full precision.
 
-Limits: those of the kernels (see :func:`fastrnn.backends.can_run_triton`).
+Limits: those of the kernels (see :func:`fastrnn.choosing.backends.can_run_triton`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn.packing import Steps
-from fastrnn.recurrence import (
+from fastrnn.cells.lstm import LayerWeights, activate_, twin_gradients
+from fastrnn.input.packing import Steps
+from fastrnn.ways.recurrence import (
     LayerOutput,
     Memory,
     OutputGradients,
     pad_rows,
     unflatten_weights,
 )
-from fastrnn.reference import LayerWeights, activate_, twin_gradients
-from fastrnn.step_loop import (
+from fastrnn.ways.step_loop import (
     Call,
     States,
     host_sizes,
@@ -336,7 +336,7 @@ class Fused(NamedTuple):
     def forward(
         self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor], *, save: bool
     ) -> tuple[LayerOutput, list[Tensor | None]]:
-        """See :class:`fastrnn.recurrence.Path`."""
+        """See :class:`fastrnn.ways.recurrence.Path`."""
         output, states = fused_forward(self.call, self.steps, rows, h_0, c_0, flat, save=save)
         h = output.h
         if self.call.cell_states and states.c is not None:
@@ -353,7 +353,7 @@ class Fused(NamedTuple):
         saved: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """See :class:`fastrnn.recurrence.Path`."""
+        """See :class:`fastrnn.ways.recurrence.Path`."""
         h, *states = saved
         inputs = (rows, h_0, c_0, flat, h, States(*states), needs)
         return fused_backward(self.call, grads, self.steps, *inputs)
@@ -361,7 +361,7 @@ class Fused(NamedTuple):
     def composite(
         self, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
     ) -> LayerOutput:
-        """See :class:`fastrnn.recurrence.Path`."""
+        """See :class:`fastrnn.ways.recurrence.Path`."""
         call, count = self.call.of_loop(self.steps), rows.shape[0]
         output = run_composite(call, rows[: sum(call.sizes)], h_0, c_0, flat)
         c = None if output.c is None else pad_rows(output.c, count)

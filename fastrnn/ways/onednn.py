@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastrnn import reference
-from fastrnn.blanking import blank_
-from fastrnn.recurrence import CPU
-from fastrnn.reference import LayerWeights
+from fastrnn.cells import lstm as lstm_cell
+from fastrnn.cells.lstm import LayerWeights
+from fastrnn.input.blanking import blank_
+from fastrnn.ways.recurrence import CPU
 
 # Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
 CARRY = 1e4
@@ -45,7 +45,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
         return dtype
     if dtype == torch.bfloat16 and multiplies_bfloat16():
         return dtype
-    return reference.compute_dtype(dtype)
+    return lstm_cell.compute_dtype(dtype)
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,1 @@
+"""What is particular to a cell: one step forward and backward, in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Which way computes a call, and why: by what can run, and by what is fastest."""
