@@ -147,9 +147,10 @@ class Trace:
 
 
 class _Scheduler:
-    def __init__(self, schedule: Schedule, trace: Trace) -> None:
+    def __init__(self, schedule: Schedule, trace: Trace, patience: int) -> None:
         self.schedule = schedule
         self.trace = trace
+        self.patience = patience
         self.alive: list[Program] = []
         self.running: Program | None = None
         self.regions: list[tuple[str, int, int]] = []
@@ -177,7 +178,7 @@ class _Scheduler:
                 if self.running.greenlet.dead:
                     self.alive.remove(self.running)
                     self.something_changed()
-                elif all(program.polls >= POLLS_BEFORE_STUCK for program in self.alive):
+                elif all(program.polls >= self.patience for program in self.alive):
                     raise Deadlock(self.describe())
         finally:
             self.running = None
@@ -248,8 +249,12 @@ def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def cooperative(schedule: Schedule | None = None) -> Iterator[Trace]:
+def cooperative(
+    schedule: Schedule | None = None, patience: int = POLLS_BEFORE_STUCK
+) -> Iterator[Trace]:
     """Kernels launched inside run all programs of their grid at once, interleaved by `schedule`.
+
+    `patience` is how often all of them may poll in vain; give more where a wait is to give up.
 
     Raises:
         Deadlock: every program that is still alive waits, and nothing can change any more.
@@ -280,7 +285,7 @@ def cooperative(schedule: Schedule | None = None) -> Iterator[Trace]:
 
         triton_interpreter._patch_lang = patch_once
         patch_once(self.fn)
-        scheduler = _Scheduler(schedule, trace)
+        scheduler = _Scheduler(schedule, trace, patience)
         current.append(scheduler)
         try:
             bound = inspect.getcallargs(self.fn, *host_arguments, **host_keywords)

@@ -100,18 +100,17 @@ def products_of(precision: str, device: torch.device, dtype: torch.dtype) -> Ite
     torch has no switch for a single product: while this lasts, which is while some are launched,
     it holds for products that other threads launch too.
     """
+    # Only fp32_precision is read: the older allow_tf32 raises once a program has used this one.
     matmul = torch.backends.cuda.matmul
-    tf32 = precision == "tf32"
-    if device.type != "cuda" or dtype != torch.float32 or matmul.allow_tf32 == tf32:
+    switch, tf32 = matmul.fp32_precision, precision == "tf32"
+    if device.type != "cuda" or dtype != torch.float32 or (switch == "tf32") == tf32:
         yield
         return
-    switch = matmul.fp32_precision
-    matmul.allow_tf32 = tf32
+    matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32 = not tf32
-        matmul.fp32_precision = switch  # the older switch may have turned "none" into "ieee"
+        matmul.fp32_precision = switch
 
 
 class _Stacked(NamedTuple):

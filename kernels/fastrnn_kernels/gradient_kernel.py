@@ -186,6 +186,7 @@ def gradient_norm_kernel(
     partials_ptr,  # [segments] float32
     other_norms_ptr,  # [others] norms that torch has computed
     arrivals_ptr,  # [2] int32, zero before and after
+    failed_ptr,  # [1] int32 in the host's memory: 1 where a wait was given up
     norms_ptr,  # [gradients], of the norm's dtype
     total_ptr,  # [], of the norm's dtype
     coefficient_ptr,  # [], of the norm's dtype
@@ -231,7 +232,7 @@ def gradient_norm_kernel(
             partial = fold_segment(address, elements, tl.float16, NORM, BLOCK_BYTES)
         tl.store(partials_ptr + segment, partial)
     count_arrival(arrivals_ptr)
-    wait(arrivals_ptr, programs)
+    wait(arrivals_ptr, programs, failed_ptr)
 
     for gradient in range(program, gradients, programs):
         row = tl.load(gradients_ptr + gradient)
@@ -249,7 +250,7 @@ def gradient_norm_kernel(
         tl.store(norms_ptr + gradient, norm.to(norm_dtype))
     if ROUND_NORMS:
         count_arrival(arrivals_ptr)
-        wait(arrivals_ptr, 2 * programs)
+        wait(arrivals_ptr, 2 * programs, failed_ptr)
         total = fold_array(norms_ptr, 0, gradients, NORM, COMBINE_BLOCK)
     else:
         total = fold_partials(partials_ptr, 0, segments, NORM, COMBINE_BLOCK)

@@ -210,8 +210,9 @@ def clip_gradients(
     Raises:
         ValueError: the gradients are not such (nothing was computed).
         RuntimeError: a CUDA graph is being captured and the gradients are new.
-        fastrnn_kernels.launch.CannotLaunch: the grid cannot be resident at once on this GPU
-            (nothing was scaled).
+        fastrnn_kernels.launch.CannotLaunch: a compiler, the driver or the GPU refuses it (nothing
+            was scaled).
+        fastrnn_kernels.failed_waits.BarrierTimeout: an earlier launch on this device has failed.
     """
     if norm_dtype not in (None, torch.float32):
         raise ValueError(f"norm_dtype must be None or torch.float32, got {norm_dtype}")
@@ -229,7 +230,7 @@ def clip_gradients(
         norm_dtype = functools.reduce(torch.promote_types, dtypes).to_real()
     other_grads = [grads[i] for i in table.others]
     own_grads = [grads[i] for i in table.own] if other_grads else grads
-    with launching(grads[0]):
+    with launching(grads[0]) as failed:
         partials = torch.empty(table.segments + 1, dtype=torch.float32, device=device)
         norms = torch.empty(table.gradients, dtype=norm_dtype, device=device)
         total_norm = torch.empty((), dtype=norm_dtype, device=device)
@@ -243,6 +244,7 @@ def clip_gradients(
             partials,
             other_norms,
             _counters_of(device, capturing),
+            failed,
             norms,
             total_norm,
             coefficient,

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from .failed_waits import failed_waits
 from .tiling import Tile
 
 InputPrecision = Literal["tf32", "tf32x3", "ieee"]
@@ -95,21 +96,53 @@ def precision_of(tensor: torch.Tensor, input_precision: InputPrecision) -> Input
 
 
 class CannotLaunch(RuntimeError):
-    """The GPU refused the launch, so that nothing was computed. The message has its reason."""
+    """Nothing was computed: a compiler, the driver or the GPU refused. The message says why."""
+
+
+# What CUDA and HIP say of errors that leave the whole process without a usable GPU: no other path
+# could go on, and the error is often somebody else's.
+STICKY = (
+    "illegal memory access",
+    "illegal address",
+    "illegal instruction",
+    "device-side assert",
+    "misaligned address",
+    "not supported on global/shared address space",
+    "invalid program counter",
+    "hardware stack error",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable",
+)
 
 
 @contextlib.contextmanager
-def launching(tensor: torch.Tensor) -> Iterator[None]:
+def launching(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Makes the tensor's GPU the current one: Triton launches on its current stream.
 
+    Yields:
+        The word that a kernel sets when it gives up a wait [1]; see failed_waits.py.
+
     Raises:
-        CannotLaunch: the grid cannot be resident at once, or a program needs more than there is.
+        CannotLaunch: whatever fails before the kernel runs. There is no C compiler or no place for
+            a cache, Triton or ptxas rejects the code, the grid cannot be resident at once, a
+            program needs more than there is, a wait has failed before. Errors that leave no usable
+            GPU behind, and memory that is full, are raised as they come.
+        BarrierTimeout: an earlier kernel on this device has given up waiting.
     """
-    device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    waits = failed_waits(tensor.device)
+    if (reason := waits.reason()) is not None:
+        raise CannotLaunch(f"{reason}, earlier in this process")
+    if not tensor.is_cuda:  # interpreted
+        yield waits.word
+        return
     try:
-        with device:
-            yield
-    except Exception as error:  # Triton's own, which are not imported here
-        if type(error).__name__ == "OutOfResources" or "cooperative" in str(error).lower():
-            raise CannotLaunch(f"{tensor.device} refused the launch: {error}") from error
+        with torch.cuda.device(tensor.device):
+            yield waits.word
+    except torch.OutOfMemoryError:
         raise
+    except Exception as error:
+        if any(words in str(error) for words in STICKY):
+            raise
+        kind = type(error).__name__
+        raise CannotLaunch(f"{tensor.device} refused the launch: {kind}: {error}") from error

@@ -98,6 +98,7 @@ def lstm_backward_kernel(
     d_c_0_ptr,  # [D, S, H]
     exchange_ptr,  # [2, D, num_batch_tiles * BLOCK_B, 4 * H_PADDED], unless "whole"; zeros
     arrivals_ptr,  # [D, num_batch_tiles, 32] int32, zeros; 32 of them are one 128-byte line
+    failed_ptr,  # [1] int32 in the host's memory: 1 where a wait was given up
     N,
     S,
     T,
@@ -257,7 +258,7 @@ def lstm_backward_kernel(
                 d_new = tl.dot(d_g, weight[2], d_new, input_precision=INPUT_PRECISION)
                 d_new = tl.dot(d_o, weight[3], d_new, input_precision=INPUT_PRECISION)
             else:
-                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0))
+                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0), failed_ptr)
                 blocks_ptr = copy_ptr + block_offsets
                 if RESIDENCY == "split":
                     blocks = ()
@@ -346,7 +347,8 @@ def lstm_backward(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        CannotLaunch: the grid cannot be resident at once on this GPU (nothing was computed).
+        CannotLaunch: a compiler, the driver or the GPU refuses it (nothing was computed).
+        BarrierTimeout: an earlier launch on this device has failed (see failed_waits.py).
     """
     D, S, H, T = check_rows(gates, weight_hh, None, c_0, batch_sizes, offsets)
     N = gates.shape[0]
@@ -370,7 +372,7 @@ def lstm_backward(
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates, tile, D, num_batch_tiles, 4 * tile.padded(H))
-    with launching(gates):
+    with launching(gates) as failed:
         lstm_backward_kernel[tile.grid(D)](
             d_h,
             d_h_n,
@@ -387,6 +389,7 @@ def lstm_backward(
             d_c_0,
             exchange,
             arrivals,
+            failed,
             N,
             S,
             T,

@@ -101,6 +101,7 @@ def lstm_forward_kernel(
     c_ptr,  # [N, D, H], when SAVE_CELLS
     exchange_ptr,  # [2, D, num_batch_tiles * BLOCK_B, H_PADDED], unless "whole"; zeros
     arrivals_ptr,  # [D, num_batch_tiles, 32] int32, zeros; 32 of them are one 128-byte line
+    failed_ptr,  # [1] int32 in the host's memory: 1 where a wait was given up
     N,
     S,
     T,
@@ -215,7 +216,7 @@ def lstm_forward_kernel(
             if RESIDENCY == "whole":
                 gates = tl.dot(h, weight[0], gates, input_precision=INPUT_PRECISION)
             else:
-                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0))
+                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0), failed_ptr)
                 blocks_ptr = exchange_tile_ptr + (iteration % 2) * copy_size + block_offsets
                 if RESIDENCY == "split":
                     blocks = ()
@@ -334,7 +335,8 @@ def lstm_forward(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
-        CannotLaunch: the grid cannot be resident at once on this GPU (nothing was computed).
+        CannotLaunch: a compiler, the driver or the GPU refuses it (nothing was computed).
+        BarrierTimeout: an earlier launch on this device has failed (see failed_waits.py).
     """
     D, S, H, T = check_rows(gates_x, weight_hh, h_0, c_0, batch_sizes, offsets)
     N = gates_x.shape[0]
@@ -359,7 +361,7 @@ def lstm_forward(
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates_x, tile, D, num_batch_tiles, tile.padded(H))
-    with launching(gates_x):
+    with launching(gates_x) as failed:
         lstm_forward_kernel[tile.grid(D)](
             gates_x,
             weight_hh,
@@ -374,6 +376,7 @@ def lstm_forward(
             h if c is None else c,
             exchange,
             arrivals,
+            failed,
             N,
             S,
             T,

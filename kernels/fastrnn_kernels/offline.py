@@ -82,7 +82,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Names in a kernel's signature whose pointers are not of the tensors' dtype.
-INDEX_POINTERS = {"batch_sizes_ptr": "*i64", "offsets_ptr": "*i64", "arrivals_ptr": "*i32"}
+INDEX_POINTERS = {"batch_sizes_ptr": "*i64", "offsets_ptr": "*i64"}
+INDEX_POINTERS |= {"arrivals_ptr": "*i32", "failed_ptr": "*i32"}
 
 
 @dataclass(frozen=True)
@@ -324,10 +325,28 @@ def _waits(lines: list[str]) -> list[int]:
 def _examine_exchange(report: Report, ptx: str) -> None:
     # Its first loads follow the wait: they must be 16 bytes wide.
     lines = [line.strip() for line in ptx.splitlines()]
+    loads = re.compile(r"\bld\.global\b|\bcp\.async\.c[ag]\.shared\.global\b")
     wide = re.compile(r"ld\.global[\w.]*\.v4\.b32|cp\.async\.cg\.shared\.global .*0x10, ")
-    waits = _waits(lines)
-    if waits and not any(map(wide.search, lines[waits[-1] :])):
-        report.faults.append("the exchange is not loaded 16 bytes at a time")
+    for wait in _waits(lines):
+        after = (line for line in _reached_from(lines, wait) if loads.search(line))
+        if not wide.search(next(after, "")):
+            report.faults.append("the exchange is not loaded 16 bytes at a time")
+
+
+def _reached_from(lines: list[str], start: int) -> Iterator[str]:
+    """PTX after a line as control flow comes to it; the text is in another order."""
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\$\w+):", line))}
+    ahead, seen = [start + 1], set()
+    while ahead:
+        at = ahead.pop(0)
+        while at < len(lines) and at not in seen:
+            seen.add(at)
+            yield lines[at]
+            if (jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", lines[at])) is not None:
+                ahead.append(labels[jump[1]])
+                if not lines[at].startswith("@"):
+                    break
+            at += 1
 
 
 def _examine_amd(report: Report, asm: dict[str, Any]) -> None:

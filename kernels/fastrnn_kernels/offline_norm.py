@@ -42,7 +42,7 @@ from .offline import (
 )
 from .tiling import CHIPS
 
-POINTERS = {"table_ptr": "*i64", "arrivals_ptr": "*i32"}
+POINTERS = {"table_ptr": "*i64", "arrivals_ptr": "*i32", "failed_ptr": "*i32"}
 POINTERS |= {"partials_ptr": "*fp32", "nonfinite_ptr": "*fp32"}
 REGISTERS_OF_A_MULTIPROCESSOR = 65_536
 REGISTERS_OF_AN_AMD_LANE = 512  # of each of the four vector units

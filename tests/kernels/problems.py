@@ -12,7 +12,7 @@ import torch
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels.tiling import Tile, ceil_div
-from tests.interpreter import Schedule, cooperative
+from tests.interpreter import POLLS_BEFORE_STUCK, Schedule, cooperative
 from tests.kernels.reference import Rows, reference, rows_of
 
 FORWARD_NAMES = ("h", "h_n", "c_n", "gates", "c")
@@ -114,10 +114,11 @@ def run_forward(
     schedule: Schedule | None = None,
     save: str = "gates",
     module: ModuleType = forward_module,
+    patience: int = POLLS_BEFORE_STUCK,
     **options: Any,
 ) -> Any:
     """The forward launcher, interpreted."""
-    with cooperative(schedule):
+    with cooperative(schedule, patience):
         return module.lstm_forward(
             *problem.inputs(),
             problem.rows.batch_sizes,
@@ -154,11 +155,12 @@ def run_backward(
     schedule: Schedule | None = None,
     has_d_c: bool = True,
     module: ModuleType = backward_module,
+    patience: int = POLLS_BEFORE_STUCK,
     **options: Any,
 ) -> Any:
     """The backward launcher, interpreted."""
     d_c = problem.gradients()[3] if has_d_c else None
-    with cooperative(schedule):
+    with cooperative(schedule, patience):
         return module.lstm_backward(**backward_inputs(problem), d_c=d_c, tile=tile, **options)
 
 

@@ -48,17 +48,24 @@ class Mutant:
     count: int = 1
 
 
-WAIT, WAIT_AGAIN = "wait(arrivals_ptr, programs)", "wait(arrivals_ptr, 2 * programs)"
+WAIT = "wait(arrivals_ptr, programs, failed_ptr)"
+SECOND_WAIT = WAIT.replace("programs", "2 * programs")
+AGAIN_EARLY = WAIT.replace("programs", "2 * programs - 1")
 PARTIAL = "        tl.store(partials_ptr + segment, partial)\n    count_arrival(arrivals_ptr)\n"
 EDGES = "offsets < tl.where(in_head, head, elements)"
 MUTANTS = [
     # the barrier
     Mutant("no barrier", KERNEL, WAIT, "pass"),
-    Mutant("one arrival too few", KERNEL, WAIT, "wait(arrivals_ptr, programs - 1)"),
-    Mutant("one arrival too many", KERNEL, WAIT, "wait(arrivals_ptr, programs + 1)"),
-    Mutant("no second barrier", KERNEL, WAIT_AGAIN, "pass"),
-    Mutant("second barrier one too few", KERNEL, WAIT_AGAIN, WAIT_AGAIN[:-1] + " - 1)"),
-    Mutant("second barrier is the first", KERNEL, WAIT_AGAIN, WAIT),
+    Mutant("one arrival too few", KERNEL, WAIT, WAIT.replace("programs", "programs - 1")),
+    Mutant("one arrival too many", KERNEL, WAIT, WAIT.replace("programs", "programs + 1")),
+    Mutant("no second barrier", KERNEL, SECOND_WAIT, "pass"),
+    Mutant(
+        "second barrier one too few",
+        KERNEL,
+        SECOND_WAIT,
+        AGAIN_EARLY,
+    ),
+    Mutant("second barrier is the first", KERNEL, SECOND_WAIT, WAIT),
     Mutant("arrivals are not counted", BARRIER, "arrivals_ptr, 1,", "arrivals_ptr, 0,"),
     Mutant("counters are left as they are", KERNEL, "    leave(arrivals_ptr, programs)\n", ""),
     Mutant("the first to leave resets", KERNEL, "== participants - 1:", "== 0:"),

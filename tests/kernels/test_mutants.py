@@ -45,7 +45,9 @@ class Mutant:
 
 BARRIER, PRIMITIVES = "grid_barrier.py", "primitives.py"
 FORWARD, BACKWARD = "lstm_forward.py", "lstm_backward.py"
-WAIT = "wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0))"
+TARGET = "(iteration + 1) * tl.num_programs(0)"
+WAIT = f"wait(tile_arrivals_ptr, {TARGET}, failed_ptr)"
+EARLY, LATE = WAIT.replace(TARGET, f"{TARGET} - 1"), WAIT.replace(TARGET, f"{TARGET} + 1")
 MUTANTS = [
     # the barrier
     *(
@@ -53,11 +55,23 @@ MUTANTS = [
         for which, file in (("forward", FORWARD), ("backward", BACKWARD))
     ),
     *(
-        Mutant(f"{which}: one arrival too few", which, file, WAIT, WAIT[:-1] + " - 1)")
+        Mutant(
+            f"{which}: one arrival too few",
+            which,
+            file,
+            WAIT,
+            WAIT.replace(TARGET, f"{TARGET} - 1"),
+        )
         for which, file in (("forward", FORWARD), ("backward", BACKWARD))
     ),
     *(
-        Mutant(f"{which}: one arrival too many", which, file, WAIT, WAIT[:-1] + " + 1)")
+        Mutant(
+            f"{which}: one arrival too many",
+            which,
+            file,
+            WAIT,
+            WAIT.replace(TARGET, f"{TARGET} + 1"),
+        )
         for which, file in (("forward", FORWARD), ("backward", BACKWARD))
     ),
     Mutant(

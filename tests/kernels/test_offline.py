@@ -33,7 +33,7 @@ from fastrnn_kernels.offline import (
 
 PACKAGE = Path(fastrnn_kernels.__file__).parent
 SNAPSHOT = PACKAGE.parent / "offline.txt"
-WAIT = "                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0))\n"
+WAIT = "                wait(tile_arrivals_ptr, (iteration + 1) * tl.num_programs(0), failed_ptr)\n"
 BLOCKS = (
     "                blocks_ptr = exchange_tile_ptr + (iteration % 2) * copy_size + block_offsets\n"
 )
