@@ -22,8 +22,7 @@ from torch import Tensor
 
 from bench.providers import Provider
 from bench.workloads import Batch, Batches, Case, Shape
-from fastrnn import lstm
-from fastrnn.choosing import costs
+from fastrnn.choosing import choose, costs
 from fastrnn.input.packing import (
     Layout,
     PackedLayout,
@@ -149,11 +148,11 @@ def measure(
             (path, arrange) for path in costs.PATHS for arrange in _arrangements(path, shape, train)
         ]
         for _, arrange in arrangements:
-            with mock.patch.object(lstm, "arrange", arrange):
+            with mock.patch.object(choose, "arrange", arrange):
                 provider.run(batches[-1])  # loads what the first call loads
         for index in range(2 if large else 4):
             for path, arrange in arrangements:
-                with mock.patch.object(lstm, "arrange", arrange):
+                with mock.patch.object(choose, "arrange", arrange):
                     seconds = _seconds(provider, batches[index], 3 if large else 6)
                 pieces, rows = _extent(arrange.layout, shape)
                 samples[path].append(Sample(weights, pieces, rows, seconds))

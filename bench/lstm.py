@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import fastrnn
-from bench import cudnn, devices, floors, footprint, results_file, rivals, runner, tables
+from bench import devices, floors, footprint, results_file, rivals, runner, tables
 from bench.gpu_workloads import DTYPES, WORKLOADS, lstm_cases, toy_cases
 from bench.measure import (
     WARM_UP,
@@ -29,6 +29,7 @@ from bench.providers import LABELS, Provider, unrolled_steps
 from bench.results_file import Record
 from bench.runner import NO_LIMITS, Job, Limits
 from bench.workloads import DISTRIBUTIONS, Batches, Case
+from fastrnn.choosing import cudnn
 
 # Up to which nn.LSTM's kernels are counted: several for each step, each an event to the profiler.
 _PROFILED_STEPS = 512
@@ -211,7 +212,7 @@ def cudnn_algorithms(case: Case, names: list[str], gpu: cudnn.Gpu) -> Record:
     passes = {"forward": True} | ({"backward": False} if case.training else {})
     return {
         name: {
-            key: cudnn.algorithm(case, gpu, packed=name == "packed", forward=forward)
+            key: cudnn.algorithm(case.layers(packed=name == "packed"), gpu, forward=forward)
             for key, forward in passes.items()
         }
         for name in names

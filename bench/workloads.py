@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrnn.choosing import cudnn
+
 
 class Shape(NamedTuple):
     """B sequences of at most T steps, I features in and H out."""
@@ -100,6 +102,11 @@ class Case:
     bidirectional: bool = False
     resets: bool = False
     workload: str = ""
+
+    def layers(self, *, packed: bool) -> cudnn.Layers:
+        """What torch's choice of an algorithm asks for."""
+        one = self.dtype, self.num_layers, self.bidirectional
+        return cudnn.Layers(*self.shape, *one, packed=packed)
 
     @property
     def dtype_name(self) -> str:

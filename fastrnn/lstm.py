@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, TypeAlias, get_args
+from typing import Any, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.cells.lstm import LayerWeights
-from fastrnn.choosing.arrange import Work, arrange
-from fastrnn.choosing.backends import Backend, check_backend, resolve_backend
+from fastrnn.choosing.backends import Backend, check_backend
+from fastrnn.choosing.choose import Choice, choose
+from fastrnn.choosing.request import Request, have_own_class
+from fastrnn.compute import Computed, Sequences, compute
 from fastrnn.input.forms import Form, Jagged, Packed, Padded
-from fastrnn.input.packing import Lengths, PaddedLayout
-from fastrnn.stack import run_stack
-from fastrnn.ways import onednn
-from fastrnn.ways.dense import can_run_dense, run_dense
-from fastrnn.ways.padded import run_padded
-from fastrnn.ways.recurrence import Memory, autocast_dtype, outside_autocast, unflatten_weights
+from fastrnn.input.packing import Lengths
+from fastrnn.ways.recurrence import Memory, autocast_dtype
+from fastrnn.ways.torch_lstm import Stack
 
 States: TypeAlias = tuple[Tensor, Tensor]
-Sequences: TypeAlias = Tensor | PackedSequence
 
 
 class LSTM(nn.RNNBase):
@@ -52,7 +48,8 @@ class LSTM(nn.RNNBase):
         proj_size: P, features of a projection of ``h``; 0 for none (P = H). Default: 0.
         device: of the parameters. Default: torch's.
         dtype: of the parameters. Default: torch's.
-        backend: "auto", "reference" or "triton"; see :func:`fastrnn.backends`. Default: "auto".
+        backend: "auto", "torch", "reference" or "triton"; see :func:`fastrnn.backends`. Default:
+            "auto".
         memory: "save" keeps for backward what forward has computed; "recompute" keeps of it the
             outputs and the cell states, and makes the gates, 4H numbers a step and direction,
             again with one more matrix product. Default: "save".
@@ -141,6 +138,19 @@ class LSTM(nn.RNNBase):
         """
         if torch._C._get_tracing_state():  # two calls less than torch.jit.is_tracing
             return self._trace(input, hx, lengths, mask, resets, return_cell_states)
+        asked, unbatched = self._read(input, hx, lengths, mask, resets, return_cell_states)
+        return self._as_given(unbatched, compute(asked, choose(asked)))
+
+    def _read(
+        self,
+        input: Sequences,
+        hx: States | None,
+        lengths: Lengths | int | None,
+        mask: Tensor | None,
+        resets: Tensor | None,
+        cell_states: bool,
+    ) -> tuple[Request, bool]:
+        """What a call asks for, checked; and whether it is one unbatched sequence."""
         unbatched = isinstance(input, Tensor) and not input.is_nested and input.dim() == 2
         if isinstance(input, Tensor) and unbatched:
             dim = 0 if self.batch_first else 1
@@ -150,91 +160,38 @@ class LSTM(nn.RNNBase):
         if isinstance(lengths, int):  # of an unbatched sequence
             lengths = [lengths]
         form = self._form(input)
-        flat = self._weights()
-        dtype = form.data.dtype
-        autocast = None if dtype == torch.float64 else autocast_dtype(form.device)
-        dtype = autocast or dtype
+        x, device = form.data, form.device
+        autocast = None if x.dtype == torch.float64 else autocast_dtype(device)
+        flat = self._weights(device, None if autocast else x.dtype)
+        dtype = autocast or x.dtype
         h_0, c_0 = None, None
         if hx is not None:
             h_0, c_0 = self._initial_states(form, hx, unbatched)
-            self._check_device("hidden", form, h_0, c_0)
             h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
-        self._check_device("parameter", form, flat[0])
-
-        directions = 2 if self.bidirectional else 1
-        backend = resolve_backend(
-            *(self.backend, form.device, dtype, self.hidden_size, directions, self.proj_size)
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(weight.requires_grad for weight in flat)
+            or (h_0 is not None and h_0.requires_grad)
+            or (c_0 is not None and c_0.requires_grad)
         )
-        dropout = self.dropout if self.training else 0.0
-        work = None
-        if onednn.outside_transforms() and onednn.can_compute(
-            form.device,
-            dtype,
-            backend=backend,
-            memory=self.memory,
-            cell_states=return_cell_states,
-            projection=self.proj_size > 0,
-        ):
-            if (
-                (lengths is None and mask is None and resets is None)
-                and isinstance(form, Padded)
-                and can_run_dense(form.x, dtype, flat)
-            ):
-                dense = run_dense(
-                    *(form.x, flat, h_0, c_0),
-                    num_layers=self.num_layers,
-                    bias=self.bias,
-                    bidirectional=self.bidirectional,
-                    batch_first=self.batch_first,
-                    dropout=dropout,
-                )
-                return self._as_given(unbatched, (dense.h_n, dense.c_n), [dense.output])
-            needs_grad = torch.is_grad_enabled() and any(
-                tensor is not None and tensor.requires_grad
-                for tensor in (form.data, h_0, c_0, *flat)
-            )
-            work = Work(self.input_size, self.hidden_size, needs_grad, onednn.compute_dtype(dtype))
-        may_pad = not (self.bidirectional and hx is not None)  # see padded.py
-        layout = arrange(form, lengths, mask, resets, work, may_pad=may_pad)
-        layers = self._layers(flat, dtype)
-        if layout is None or isinstance(layout, PaddedLayout):
-            assert isinstance(form, Padded)
-            run = functools.partial(
-                run_padded,
-                *(form.x, layout, layers, h_0, c_0),
-                batch_first=self.batch_first,
-                dropout=dropout,
-            )
-            if autocast:
-                with outside_autocast(form.device):
-                    padded = run()
-            else:
-                padded = run()
-            return self._as_given(unbatched, (padded.h_n, padded.c_n), [padded.output])
-        result = run_stack(
-            form.rows(layout).to(dtype),
-            layout,
-            layers,
-            h_0,
-            c_0,
-            dropout=dropout,
-            cell_states=return_cell_states,
-            backend=backend,
-            memory=self.memory,
+        stack = Stack(
+            self.num_layers,
+            self.bias,
+            self.bidirectional,
+            self.proj_size > 0,
+            self.dropout if self.training else 0.0,
         )
-        rows = [result.rows] if result.c is None else [result.rows, result.c]
-        sequences = [form.restore(part, layout) for part in rows]
-        return self._as_given(unbatched, (result.h_n, result.c_n), sequences)
+        given = lengths, mask, resets, flat, h_0, c_0, dtype, stack, self.backend, self.memory
+        return Request(form, *given, cell_states, needs_grad), unbatched
 
-    def _as_given(
-        self, unbatched: bool, states: States, sequences: Sequence[Sequences]
-    ) -> tuple[Any, ...]:
+    def _as_given(self, unbatched: bool, found: Computed) -> tuple[Any, ...]:
         """What forward returns, unbatched where the input was."""
+        h_n, c_n, sequences = found
         if unbatched:
             dim = 0 if self.batch_first else 1
-            states = states[0].squeeze(1), states[1].squeeze(1)
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
             sequences = [part.squeeze(dim) for part in sequences if isinstance(part, Tensor)]
-        return sequences[0], states, *sequences[1:]
+        return sequences[0], (h_n, c_n), *sequences[1:]
 
     def _form(self, input: Sequences) -> Form:
         """The form of the input, checked in torch's words."""
@@ -283,44 +240,56 @@ class LSTM(nn.RNNBase):
             if torch.compiler.is_compiling():  # a PackedSequence's batch is known at run time
                 torch._check(state.shape[1] == form.batch)
             self.check_hidden_size(state, expected, f"Expected hidden[{index}] size {{}}, got {{}}")
-            if state.dtype != like.dtype and autocast_dtype(like.device) is None:
+            if state.device != like.device:
+                self._refuse_device("hidden", like.device, state)
+            if state.dtype != like.dtype and not _is_cast(state):
                 raise ValueError(
                     f"hidden[{index}] dtype ({state.dtype}) does not match input dtype "
                     f"({like.dtype}). Convert it: hx[{index}].to({like.dtype})"
                 )
         return h_0, c_0
 
-    def _weights(self) -> list[Tensor]:
-        """All weights, read anew at every call."""
-        return [self._weight(name) for name in self._flat_weights_names]
+    def _weights(self, device: torch.device, dtype: torch.dtype | None) -> list[Tensor]:
+        """All weights, read anew at every call, for an input on ``device``.
+
+        Whatever computes them reads as much memory as the sizes say, so device and shape of each
+        are compared, and its dtype unless that is None.
+        """
+        names = self._flat_weights_names
+        flat = [self._weight(name) for name in names]
+        if have_own_class(flat):
+            return flat
+        sizes = self.input_size, self.hidden_size, self.proj_size
+        shapes = _weight_shapes(*sizes, self.num_layers, self.bidirectional, self.bias)
+        for name, weight, shape in zip(names, flat, shapes, strict=True):
+            if weight.device != device:
+                self._refuse_device("parameter", device, weight)
+            if weight.shape != shape:
+                raise RuntimeError(
+                    f"{name} must have shape {list(shape)}, got {list(weight.shape)}"
+                )
+            if dtype is not None and weight.dtype != dtype:
+                raise ValueError(
+                    f"{name} must have the input's dtype {dtype}, got {weight.dtype}; "
+                    f"convert it: model.to({dtype})"
+                )
+        return flat
 
     def _weight(self, name: str) -> Tensor:
         weight = self._parameters.get(name)  # which getattr finds by way of a failure
         found: Tensor = getattr(self, name) if weight is None else weight
         return found
 
-    def _layers(self, flat: Sequence[Tensor], dtype: torch.dtype) -> list[list[LayerWeights]]:
-        """All weights in ``dtype``, by layer and direction."""
-        directions = 2 if self.bidirectional else 1
-        if flat[0].dtype != dtype:
-            flat = [weight.to(dtype) for weight in flat]
-        each = unflatten_weights(
-            *(flat, self.num_layers * directions), bias=self.bias, projection=self.proj_size > 0
+    def _refuse_device(self, kind: str, device: torch.device, tensor: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"Input and {kind} tensors are not at the same device, found input tensor "
+            f"at {device} and {kind} tensor at {tensor.device}"
         )
-        return [each[begin : begin + directions] for begin in range(0, len(each), directions)]
-
-    def _check_device(self, kind: str, form: Form, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            if tensor.device != form.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor "
-                    f"at {form.device} and {kind} tensor at {tensor.device}"
-                )
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Refuse an input of the wrong dtype, rank or width, in torch's words."""
         weight = self._weight(self._flat_weights_names[0])
-        if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
+        if input.dtype != weight.dtype and not _is_cast(input):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: "
@@ -377,26 +346,9 @@ class LSTM(nn.RNNBase):
                 "torch.jit.trace cannot record lengths, mask, resets or cell states; use "
                 "torch.export, or trace fastrnn.revert(model) on a PackedSequence"
             )
-        unbatched = isinstance(input, Tensor) and input.dim() == 2
-        dim = 0 if self.batch_first else 1
-        form = self._form(input.unsqueeze(dim) if unbatched else input)
-        weights = self._weights()
-        settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
-        if hx is None:
-            states = self.num_layers * (2 if self.bidirectional else 1)
-            h_0 = form.data.new_zeros(states, form.batch, self.proj_size or self.hidden_size)
-            hx = h_0, form.data.new_zeros(states, form.batch, self.hidden_size)
-        else:
-            hx = self._initial_states(form, hx, unbatched)
-        if isinstance(input, PackedSequence):
-            hx = self.permute_hidden(hx, input.sorted_indices)
-            output, h_n, c_n = torch.lstm(input.data, input.batch_sizes, hx, weights, *settings)
-            final = self.permute_hidden((h_n, c_n), input.unsorted_indices)
-            return PackedSequence(output, *input[1:]), final
-        output, h_n, c_n = torch.lstm(form.data, hx, weights, *settings, self.batch_first)
-        if unbatched:
-            return output.squeeze(dim), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+        asked, unbatched = self._read(input, hx, None, None, None, False)
+        asked = asked._replace(needs_grad=self.training)  # the flag that nn.LSTM records
+        return self._as_given(unbatched, compute(asked, Choice("torch", "torch.jit.trace records")))
 
     def _init_flat_weights(self) -> None:
         """Keep parameters only: a computed weight has a history, which deepcopy refuses."""
@@ -411,3 +363,37 @@ class LSTM(nn.RNNBase):
             "torch.jit.script cannot compile fastrnn.LSTM. Call fastrnn.revert(model) first, which "
             "puts nn.LSTM back with the same parameters, or use torch.export"
         )
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Whether autocast makes another dtype of it; integers and complex numbers it leaves alone."""
+    return tensor.is_floating_point() and autocast_dtype(tensor.device) is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+) -> tuple[torch.Size, ...]:
+    """Of all weights, in the order of ``_flat_weights_names``."""
+    gates, width, directions = 4 * hidden_size, proj_size or hidden_size, 1 + bool(bidirectional)
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(num_layers):
+        features = directions * width if layer else input_size
+        one: list[tuple[int, ...]] = [(gates, features), (gates, width)]
+        one += [(gates,), (gates,)] if bias else []
+        one += [(width, hidden_size)] if proj_size else []
+        shapes += one * directions
+    return tuple(map(torch.Size, shapes))
+
+
+def _weight_shapes(*sizes: int) -> tuple[torch.Size, ...]:
+    return _shapes(*sizes)
+
+
+# A constant to torch.compile, which would ignore the cache, and say so; see backends.py.
+_weight_shapes._dynamo_marked_constant = True  # type: ignore[attr-defined]

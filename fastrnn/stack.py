@@ -12,7 +12,8 @@ from torch.nn import functional
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.packing import Layout, RectangleLayout
 from fastrnn.layer import lstm_layer
-from fastrnn.ways.recurrence import Memory
+from fastrnn.ways.recurrence import Memory, unflatten_weights
+from fastrnn.ways.torch_lstm import Stack
 
 
 class StackOutput(NamedTuple):
@@ -82,6 +83,17 @@ def run_stack(
         h_n.append(layout.leave(output.h_n))
         c_n.append(layout.leave(output.c_n))
     return StackOutput(rows, _concatenate(h_n), _concatenate(c_n), c)
+
+
+def layers_of(flat: Sequence[Tensor], dtype: torch.dtype, stack: Stack) -> list[list[LayerWeights]]:
+    """All weights in ``dtype``, by layer and direction."""
+    if flat[0].dtype != dtype:
+        flat = [weight.to(dtype) for weight in flat]
+    directions = stack.directions
+    each = unflatten_weights(
+        *(flat, stack.num_layers * directions), bias=stack.bias, projection=stack.projection
+    )
+    return [each[begin : begin + directions] for begin in range(0, len(each), directions)]
 
 
 def _dropout(rows: Tensor, layout: Layout, probability: float) -> Tensor:

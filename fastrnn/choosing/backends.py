@@ -1,30 +1,26 @@
-"""Which backend runs the recurrence, and why not another.
+"""The backends that a user may ask for by name, and whether they can run.
 
-- ``reference``: plain PyTorch, on every device and in every dtype; the step loop of cells/lstm.py.
+- ``torch``: torch's own LSTM, on every device and in every dtype.
+- ``reference``: plain PyTorch, likewise; the step loop of cells/lstm.py.
 - ``triton``: the kernels of ``fastrnn_kernels``, on GPUs. One function, :func:`can_run_triton`,
   gives the reason where they cannot run, to the automatic choice, to the error for an explicit
   request and to the log.
-- ``auto``: the fastest that can run: on a GPU the kernels, or else the step loop; on the CPU the
-  step loop or oneDNN, by a cost model.
+- ``auto``: whatever is fastest; choose.py has the rules.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from typing import Literal, get_args
 
 import torch
 
-from fastrnn.ways.recurrence import CPU
 from fastrnn.ways.widening import wide_hidden_size
 
-Backend = Literal["auto", "reference", "triton"]
-Resolved = Literal["auto", "reference", "triton", "triton-or-reference"]
+Backend = Literal["auto", "torch", "reference", "triton"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_log = logging.getLogger("fastrnn")
 
 
 def can_run_triton(
@@ -94,6 +90,7 @@ def backends() -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = can_run_triton(device)
     return {
+        "torch": "available",
         "reference": "available",
         "triton": "available" if reason is None else f"unavailable: {reason}",
     }
@@ -109,47 +106,6 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
 
 
-def resolve_backend(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    hidden_size: int,
-    directions: int,
-    proj_size: int,
-) -> Resolved:
-    """The backend that runs such a layer on ``device``.
-
-    Returns:
-        "triton" where it was asked for, "triton-or-reference" where it was chosen: only then may
-        the step loop stand in for a kernel that the GPU refuses to launch.
-
-    Raises:
-        RuntimeError: ``"triton"`` was asked for and cannot run; it never falls back silently.
-    """
-    if name == "auto" and device == CPU:
-        return "auto"
-    check_backend(name)
-    if name == "reference":
-        return "reference"
-    reason = can_run_triton(device, dtype, hidden_size, directions, proj_size)
-    if name == "triton":
-        if reason is None:
-            return "triton"
-        raise RuntimeError(
-            f'backend="triton" cannot run: {reason}. Use backend="auto", which takes the fastest '
-            "that can."
-        )
-    if reason is None:
-        return "triton-or-reference"
-    _log_once(f"backend='auto' uses the PyTorch step loop on {device.type}: {reason}")
-    return "auto"
-
-
 def on_kernels(backend: str) -> bool:
     """Whether a resolved backend is the kernels."""
     return backend.startswith("triton")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.info(message)

@@ -316,6 +316,7 @@ def ragged_layout(
     resets: Tensor | None = None,
     *,
     cut: Cut | None = None,
+    wait: bool = False,
 ) -> PackedLayout | RectangleLayout:
     """The layout of a batch of which only some steps are valid.
 
@@ -328,6 +329,8 @@ def ragged_layout(
         resets: bool, True = the state is zeroed before this step; shaped as ``mask``. On a masked
             step it holds for the sequence's next valid step.
         cut: where to cut an exact layout into rectangles. Default: pack.
+        wait: make an exact layout, for which this waits for a device that holds the lengths, the
+            mask or the resets. Default: False.
 
     Returns:
         An exact layout where everything is on the host and nothing is being traced, else a bounded
@@ -339,6 +342,9 @@ def ragged_layout(
     """
     steps, batch = form.steps, form.batch
     own = form.own_lengths()
+    if wait:
+        own, mask, resets = (None if v is None else v.cpu() for v in (own, mask, resets))
+        lengths = lengths.cpu() if isinstance(lengths, Tensor) else lengths
     given = [value for value in (own, lengths, mask, resets) if isinstance(value, Tensor)]
     exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in given)
     device = torch.device("cpu") if exact else form.device

@@ -11,28 +11,14 @@ Limits: those of onednn.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrnn.cells.lstm import LayerWeights
-from fastrnn.ways import onednn
+from fastrnn.ways import onednn, torch_lstm
 from fastrnn.ways.recurrence import LayerOutput
-
-
-class DenseOutput(NamedTuple):
-    """What torch's LSTM computes.
-
-    Attributes:
-        output: shaped as the input, ``D * H`` features.
-        h_n: ``[L * D, B, H]``.
-        c_n: ``[L * D, B, H]``.
-    """
-
-    output: Tensor
-    h_n: Tensor
-    c_n: Tensor
+from fastrnn.ways.torch_lstm import DenseOutput, Stack
 
 
 def can_run_dense(x: Tensor, dtype: torch.dtype, flat: list[Tensor]) -> bool:
@@ -56,12 +42,9 @@ def run_dense(
     flat: list[Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
+    stack: Stack,
     *,
-    num_layers: int,
-    bias: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    dropout: float,
+    batch_first: bool = False,
 ) -> DenseOutput:
     """All layers by torch's own LSTM.
 
@@ -70,21 +53,15 @@ def run_dense(
         flat: the weights of all layers and directions, without projections.
         h_0: ``[L * D, B, H]``. None: zeros.
         c_0: ``[L * D, B, H]``. None: zeros.
-        num_layers: L.
-        bias: whether there are biases.
-        bidirectional: D = 2.
-        batch_first: see ``x``.
-        dropout: probability that an entry of a layer's output is zeroed before the next layer.
+        stack: the layers.
+        batch_first: see ``x``. Default: False.
     """
+    plain = stack.num_layers == 1 and stack.bias and not stack.bidirectional
+    if not plain or any(weight.dtype != x.dtype for weight in flat):
+        return torch_lstm.run_dense(x, flat, h_0, c_0, stack, batch_first=batch_first)
     if h_0 is None or c_0 is None:  # always both
-        states, batch = num_layers * (1 + bidirectional), x.shape[0 if batch_first else 1]
-        h_0 = c_0 = x.new_zeros(states, batch, flat[1].shape[1])
-    h_0, c_0 = h_0.contiguous(), c_0.contiguous()
-    plain = num_layers == 1 and bias and not bidirectional
-    if plain and all(weight.dtype == x.dtype for weight in flat):  # autocast casts torch.lstm's
-        return _run_one(x, flat, h_0, c_0, batch_first)
-    settings = (bias, num_layers, dropout, dropout > 0, bidirectional, batch_first)
-    return DenseOutput(*torch.lstm(x, (h_0, c_0), flat, *settings))
+        h_0 = c_0 = x.new_zeros(1, x.shape[0 if batch_first else 1], flat[1].shape[1])
+    return _run_one(x, flat, h_0.contiguous(), c_0.contiguous(), batch_first)
 
 
 def _run_one(
@@ -127,11 +104,7 @@ def run_dense_layer(
         [w for direction in weights for w in onednn.operands(direction, carry=carry)],
         h_0,
         c_0,
-        num_layers=1,
-        bias=True,
-        bidirectional=len(weights) == 2,
-        batch_first=False,
-        dropout=0.0,
+        Stack(bidirectional=len(weights) == 2),
     )
 
 

@@ -25,7 +25,8 @@ from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blanked
 from fastrnn.input.packing import PaddedLayout
 from fastrnn.ways import onednn
-from fastrnn.ways.dense import DenseOutput, run_dense_layer
+from fastrnn.ways.dense import run_dense_layer
+from fastrnn.ways.torch_lstm import DenseOutput
 
 
 def run_padded(

@@ -13,7 +13,7 @@ Notation as in cells/lstm.py; D directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -182,7 +182,7 @@ class LSTMRecurrence(torch.autograd.Function):
         with outside_autocast(rows.device):
             if torch.is_grad_enabled():
                 inputs = [rows, h_0, c_0, *flat]
-                found = _differentiable_backward(ctx.path, grads, inputs, needs)
+                found = differentiate(ctx.path.composite, grads, inputs, needs)
             else:
                 found = ctx.path.backward(grads, rows, h_0, c_0, flat, saved, needs)
         return (None, *found)
@@ -215,16 +215,26 @@ def run(
     return path.forward(rows, h_0, c_0, flat, save=False)[0]
 
 
-def _differentiable_backward(
-    path: Path, grads: OutputGradients, inputs: Sequence[Tensor], needs: Sequence[bool]
+def differentiate(
+    composite: Callable[..., Sequence[Tensor | None]],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients as functions of inputs and ``grads`` that can be differentiated again."""
+    """Gradients of a layer as functions of its inputs and ``grads``, to be differentiated again.
+
+    Args:
+        composite: the layer in differentiable operations, as :meth:`Path.composite`.
+        grads: that reach its outputs; None is zero.
+        inputs: rows, h_0, c_0 and each weight.
+        needs: whether each gradient is wanted.
+    """
     # Views, so that a gradient reaches an input here only through this layer.
     views = [tensor.view_as(tensor) for tensor in inputs]
     rows, h_0, c_0, *flat = views
     pairs = [
         (output, gradient)
-        for output, gradient in zip(path.composite(rows, h_0, c_0, flat), grads, strict=True)
+        for output, gradient in zip(composite(rows, h_0, c_0, flat), grads, strict=True)
         if output is not None and gradient is not None and output.requires_grad
     ]
     wanted = [view for view, needed in zip(views, needs, strict=True) if needed]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import clip, cudnn, footprint, gpu, lstm, measure, results_file, tables
+from bench import clip, footprint, gpu, lstm, measure, results_file, tables
 from bench.__main__ import main
 from bench.clip_cases import ClipCase, make_parameters
 from bench.gpu import Plan, Stages
@@ -23,6 +23,7 @@ from bench.measure import Effort, base_record, fill_times
 from bench.providers import Provider
 from bench.results_file import load
 from bench.workloads import Case, Shape
+from fastrnn.choosing import cudnn
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cudnn, measure, providers, verify
+from bench import measure, providers, verify
 from bench.providers import is_checked, reference_of
 from bench.workloads import Batches, Case, Shape
+from fastrnn.choosing import cudnn
 
 H100, A40, A30, V100, T4 = (
     cudnn.Gpu((9, 0), 132),
@@ -67,9 +68,10 @@ def test_algorithm_is_the_one_of_torchs_rule(
     changes: dict[str, Any], gpu: cudnn.Gpu, packed: bool, forward: str, backward: str
 ) -> None:
     case = with_(FLAT, **changes)
-    assert cudnn.algorithm(case, gpu, packed=packed, forward=True) == forward
-    assert cudnn.algorithm(case, gpu, packed=packed, forward=False) == backward
-    assert cudnn.algorithm(case, gpu, packed=packed, forward=True, proj_size=64) == "STANDARD"
+    layers = case.layers(packed=packed)
+    assert cudnn.algorithm(layers, gpu, forward=True) == forward
+    assert cudnn.algorithm(layers, gpu, forward=False) == backward
+    assert cudnn.algorithm(layers._replace(proj_size=64), gpu, forward=True) == "STANDARD"
 
 
 def test_budget_is_twice_the_references_worst_error_of_a_kind() -> None:

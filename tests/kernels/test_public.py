@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from fastrnn.choosing.choose import Choice
 from fastrnn.input.packing import ragged_layout
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
@@ -337,10 +338,10 @@ def test_a_launch_that_the_gpu_refuses_is_taken_over_by_the_loop(
     module = forward_module if refused == "lstm_forward" else backward_module
     error = CannotLaunch("cuda:0 refused the launch: too many blocks in cooperative launch")
 
-    resolved = mock.Mock(return_value="triton-or-reference")
+    chosen = mock.Mock(return_value=Choice("triton", "", backend="triton-or-reference"))
     with (
         on_kernels(),
-        mock.patch("fastrnn.lstm.resolve_backend", resolved),
+        mock.patch("fastrnn.lstm.choose", chosen),
         mock.patch.object(module, refused, side_effect=error),
         caplog.at_level(logging.WARNING, logger="fastrnn"),
     ):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import layer
-from fastrnn import lstm as lstm_module
+from fastrnn import compute, layer
 from tests.oracle import (
     answer,
     as_function,
@@ -53,8 +52,8 @@ def run_padded(monkeypatch):
         return lambda *args, **options: calls.append(1) or function(*args, **options)
 
     for module, name in (
-        (lstm_module, "run_padded"),
-        (lstm_module, "run_dense"),
+        (compute, "run_padded"),
+        (compute, "run_dense"),
         (layer, "run_dense_rows"),
     ):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))

@@ -12,8 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
-from fastrnn import layer
-from fastrnn import lstm as lstm_module
+from fastrnn import compute, layer
 from fastrnn.cells import lstm as lstm_cell
 from fastrnn.choosing import costs
 from fastrnn.choosing.arrange import Work
@@ -67,12 +66,12 @@ def calls():
 
     loop = counted("loop", lstm_cell.lstm_forward)
     rects = counted("rectangles", rectangles._run_direction)
-    padded = counted("padded", lstm_module.run_padded)
+    padded = counted("padded", compute.run_padded)
     rows = counted("padded", layer.run_dense_rows)
     with (
         mock.patch.object(lstm_cell, "lstm_forward", loop),
         mock.patch.object(rectangles, "_run_direction", rects),
-        mock.patch.object(lstm_module, "run_padded", padded),
+        mock.patch.object(compute, "run_padded", padded),
         mock.patch.object(layer, "run_dense_rows", rows),
     ):
         yield seen
@@ -215,7 +214,7 @@ def test_repr_names_what_is_not_the_default():
 def test_an_unknown_backend_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError) as error:
         make(backend="cudnn")
-    assert str(error.value) == "backend must be one of auto, reference, triton, got 'cudnn'"
+    assert str(error.value) == "backend must be one of auto, torch, reference, triton, got 'cudnn'"
 
 
 def test_an_unknown_backend_set_later_is_refused_too():

@@ -15,11 +15,35 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from bench.workloads import Case
-
 Algorithm = Literal["STANDARD", "PERSIST_STATIC", "PERSIST_STATIC_SMALL_H"]
 
 SMALL_H_FORWARD, SMALL_H_BACKWARD = 192, 128
+
+
+class Layers(NamedTuple):
+    """What of an LSTM and its batch the rule asks for.
+
+    Attributes:
+        batch: B.
+        steps: T.
+        input_size: I.
+        hidden_size: H.
+        dtype: that it computes in.
+        num_layers: L.
+        bidirectional: D = 2.
+        proj_size: P; 0 for no projection.
+        packed: the input is a PackedSequence.
+    """
+
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    dtype: torch.dtype
+    num_layers: int = 1
+    bidirectional: bool = False
+    proj_size: int = 0
+    packed: bool = False
 
 
 class Gpu(NamedTuple):
@@ -40,36 +64,32 @@ class Gpu(NamedTuple):
         return Gpu(torch.cuda.get_device_capability(device), properties.multi_processor_count)
 
 
-def algorithm(
-    case: Case, gpu: Gpu, *, packed: bool, forward: bool, proj_size: int = 0
-) -> Algorithm:
-    """The algorithm that torch's rule selects for nn.LSTM.
+def algorithm(layers: Layers, gpu: Gpu, *, forward: bool) -> Algorithm:
+    """The algorithm that torch's rule selects.
 
     Args:
-        case: dtype, sizes, layers and directions.
+        layers: the LSTM and its batch.
         gpu: that it runs on.
-        packed: the input is a PackedSequence.
         forward: of the forward pass; False for the backward pass.
-        proj_size: nn.LSTM's.
     """
-    if proj_size or packed:
+    if layers.proj_size or layers.packed or layers.dtype == torch.float64:
         return "STANDARD"
     small = SMALL_H_FORWARD if forward else SMALL_H_BACKWARD
-    if case.dtype != torch.float64 and gpu.capability[0] >= 6 and case.shape.hidden_size <= small:
+    if gpu.capability[0] >= 6 and layers.hidden_size <= small:
         return "PERSIST_STATIC_SMALL_H"
-    if case.dtype == torch.float16 and _persistent_shape(case) and _persistent_batch(case, gpu):
-        return "PERSIST_STATIC"
+    if layers.dtype == torch.float16 and _persistent_shape(layers):
+        return "PERSIST_STATIC" if _persistent_batch(layers, gpu) else "STANDARD"
     return "STANDARD"
 
 
-def _persistent_shape(case: Case) -> bool:
-    _, _, input_size, hidden_size = case.shape
-    one = case.num_layers == 1 and not case.bidirectional
+def _persistent_shape(layers: Layers) -> bool:
+    one = layers.num_layers == 1 and not layers.bidirectional
+    input_size, hidden_size = layers.input_size, layers.hidden_size
     return one and hidden_size <= 1024 and hidden_size % 128 == 0 and input_size % 128 == 0
 
 
-def _persistent_batch(case: Case, gpu: Gpu) -> bool:
-    batch, steps = case.shape.batch, case.shape.steps
+def _persistent_batch(layers: Layers, gpu: Gpu) -> bool:
+    batch, steps = layers.batch, layers.steps
     major, minor = gpu.capability
     if major == 7:
         long_enough = (

@@ -1,0 +1,253 @@
+"""Which way computes a call, and why: one function for each kind of device.
+
+- ``torch``: torch's own LSTM, all layers in one call; :mod:`fastrnn.ways.torch_lstm`.
+- ``dense``: the same on the CPU, where oneDNN computes it; :mod:`fastrnn.ways.dense`.
+- ``padded``: oneDNN over a padded batch as it stands; :mod:`fastrnn.ways.padded`.
+- ``rectangles``: oneDNN over pieces of a ragged batch; :mod:`fastrnn.ways.rectangles`.
+- ``loop``: the step loop in PyTorch; :mod:`fastrnn.ways.step_loop`.
+- ``triton``: the kernels; :mod:`fastrnn.ways.fused`.
+- ``composite``: differentiable operations, under functorch and forward-mode derivatives.
+- ``operator``: one opaque node a layer, while torch.compile or torch.export traces.
+
+Nobody who puts fastrnn in nn.LSTM's place shall lose, so torch's own code is one of the ways, and
+runs wherever no other is known to be faster. What is asked for by name runs, or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn.choosing import cudnn
+from fastrnn.choosing.arrange import Work, arrange
+from fastrnn.choosing.backends import can_run_triton, check_backend
+from fastrnn.choosing.request import Request, have_own_class
+from fastrnn.input.forms import Padded
+from fastrnn.input.packing import Layout, PaddedLayout, RectangleLayout
+from fastrnn.ways import onednn, torch_lstm
+from fastrnn.ways.dense import can_run_dense
+from fastrnn.ways.recurrence import CPU
+from fastrnn.ways.widening import wide_hidden_size
+
+Way: TypeAlias = Literal[
+    "torch", "dense", "padded", "rectangles", "loop", "triton", "composite", "operator"
+]
+WAYS: tuple[Way, ...] = get_args(Way)
+
+# Steps up to which torch's loop in C++ is the faster one in training: at each step its backward
+# makes tensors where ours writes into buffers, which costs more than our fixed 0.5 ms from 6 steps
+# on (float64 and projections, B from 1 to 64, H from 16 to 256). Forward alone it always is.
+TORCH_STEPS = 5
+# Steps up to which a launch of the kernels is not worth it; not yet measured on a GPU.
+KERNEL_STEPS = 8
+
+_log = logging.getLogger("fastrnn")
+
+
+class Choice(NamedTuple):
+    """The way that computes a call.
+
+    Attributes:
+        way: its name.
+        why: the reason, for the user.
+        layout: of the batch, where the choice needed it.
+        backend: what a layer is told: "auto" may take oneDNN, "triton" no other, and
+            "triton-or-reference" the step loop where a GPU refuses a launch.
+    """
+
+    way: Way
+    why: str
+    layout: Layout | PaddedLayout | None = None
+    backend: Literal["auto", "reference", "triton", "triton-or-reference"] = "auto"
+
+
+def choose(asked: Request) -> Choice:
+    """The way that computes a call.
+
+    Raises:
+        RuntimeError: what was asked for by name cannot run, with the reason.
+        ValueError: it does not exist.
+        TypeError: the dtype is complex, and torch's own code is not allowed.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(asked)
+    if not onednn.outside_transforms():
+        return Choice("composite", "functorch or a forward-mode derivative is active")
+    if asked.backend != "auto" or asked.dtype.is_complex:
+        return _asked_for(asked)
+    if asked.form.device == CPU:
+        return _on_cpu(asked)
+    choice = _on_gpu(asked) if asked.form.device.type == "cuda" else _elsewhere(asked)
+    _log_once(f"backend='auto' on {asked.form.device.type}: {choice.way}, for {choice.why}")
+    return choice
+
+
+def _asked_for(asked: Request) -> Choice:
+    """What was asked for by name; and complex numbers, which torch alone computes."""
+    check_backend(asked.backend)
+    name = f'backend="{asked.backend}" was asked for'
+    if asked.dtype.is_complex and asked.backend in ("reference", "triton"):
+        raise TypeError(
+            f'backend="{asked.backend}" computes real numbers, got {asked.dtype}; use '
+            'backend="torch" or "auto", which take torch\'s own LSTM'
+        )
+    if asked.backend == "triton":
+        reason = _no_kernels(asked)
+        if reason is None:
+            return Choice("triton", name, backend="triton")
+        raise RuntimeError(
+            f'backend="triton" cannot run: {reason}. Use backend="auto", which takes the fastest '
+            "that can."
+        )
+    if asked.backend == "reference":
+        return Choice("loop", name, backend="reference")
+    reason = _no_torch(asked)
+    if reason is None:
+        return Choice("torch", f"{asked.dtype} is complex" if asked.backend == "auto" else name)
+    if asked.dtype.is_complex:
+        raise TypeError(f"{asked.dtype} is computed by torch's own LSTM alone: {reason}")
+    _log_once(f'backend="torch": the step loop runs, for {reason}')
+    return Choice("loop", reason)
+
+
+def _on_cpu(asked: Request) -> Choice:
+    form = asked.form
+    if reason := _torch_alone(asked):
+        return Choice("operator" if asked.ragged else "torch", reason)
+    if onednn.can_compute(
+        form.device,
+        asked.dtype,
+        backend="auto",
+        memory=asked.memory,
+        cell_states=asked.cell_states,
+        projection=asked.stack.projection,
+    ):
+        plain = isinstance(form, Padded) and not asked.ragged
+        if plain and can_run_dense(form.data, asked.dtype, asked.flat):
+            return Choice("dense", "every sequence has all steps, and oneDNN computes them")
+        return _arranged(asked)
+    reason = _no_torch(asked)
+    if reason is None and asked.dtype in (torch.float32, torch.float64):
+        if not asked.needs_grad:
+            return Choice("torch", "oneDNN cannot, and its loop in C++ is the faster one forward")
+        if form.steps <= TORCH_STEPS:
+            return Choice("torch", f"oneDNN cannot, and there are at most {TORCH_STEPS} steps")
+        reason = "oneDNN cannot, and backward this loop is faster than torch's"
+    return Choice("loop", reason or "oneDNN cannot, and this loop rounds 16-bit numbers once")
+
+
+def _arranged(asked: Request) -> Choice:
+    """OneDNN or the step loop, by the models of costs.py."""
+    dtype = onednn.compute_dtype(asked.dtype)
+    work = Work(asked.input_size, asked.hidden_size, asked.needs_grad, dtype)
+    may_pad = not (asked.stack.bidirectional and asked.h_0 is not None)  # see padded.py
+    layout = arrange(asked.form, asked.lengths, asked.mask, asked.resets, work, may_pad=may_pad)
+    if layout is None or isinstance(layout, PaddedLayout):
+        return Choice("padded", "little is padding", layout)
+    if isinstance(layout, RectangleLayout):
+        return Choice("rectangles", "few dense pieces hold the batch", layout)
+    return Choice("loop", "much would be padding", layout)
+
+
+def _on_gpu(asked: Request) -> Choice:
+    if reason := _torch_alone(asked):
+        return Choice("operator" if asked.ragged else "torch", reason)
+    reason = _no_kernels(asked)
+    if reason is not None:
+        return _elsewhere(asked, reason)
+    if (reason := _no_torch(asked)) is not None:
+        return Choice("triton", reason, backend="triton-or-reference")
+    if (reason := _torch_is_faster(asked)) is not None:
+        return Choice("torch", reason)
+    why = "one launch computes all steps, and no padding"
+    return Choice("triton", why, backend="triton-or-reference")
+
+
+def _elsewhere(asked: Request, no_kernels: str | None = None) -> Choice:
+    """On devices that have no kernels: torch, and never the step loop where torch can."""
+    if reason := _torch_alone(asked):
+        return Choice("operator" if asked.ragged else "torch", reason)
+    reason = _no_torch(asked)
+    if reason is None:
+        return Choice("torch", no_kernels or f"there are no kernels for {asked.form.device.type}")
+    return Choice("loop", reason)
+
+
+def _traced(asked: Request) -> Choice:
+    """One node a layer; which kernels it holds cannot hang on sizes that are known at run time."""
+    why = "torch.compile or torch.export traces"
+    if asked.backend == "auto":
+        kernels = _no_kernels(asked) is None
+        return Choice("operator", why, backend="triton-or-reference" if kernels else "auto")
+    return Choice("operator", why, backend=_asked_for(asked).backend)
+
+
+def _torch_alone(asked: Request) -> str | None:
+    """Why the tensors are such that only torch's operators know what to do with them."""
+    if have_own_class(asked.flat):
+        return "the weights are of a class of their own"
+    kind = type(asked.form.data)
+    if kind is Tensor or kind is nn.Parameter:
+        return "the tensors have no data" if asked.form.device.type == "meta" else None
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return "the tensors have no data" if issubclass(kind, FakeTensor) else None
+
+
+def _no_torch(asked: Request) -> str | None:
+    return torch_lstm.can_run(cell_states=asked.cell_states, memory=asked.memory)
+
+
+def _no_kernels(asked: Request) -> str | None:
+    stack = asked.stack
+    projected = asked.flat[1].shape[1] if stack.projection else 0
+    return can_run_triton(
+        asked.form.device, asked.dtype, asked.hidden_size, stack.directions, projected
+    )
+
+
+def _torch_is_faster(asked: Request) -> str | None:
+    """Why torch is taken for a call that the kernels could run; by rule, not by measurement."""
+    form, stack = asked.form, asked.stack
+    if not asked.on_host:
+        return None  # torch would wait for the lengths
+    if form.steps <= KERNEL_STEPS:
+        return f"there are at most {KERNEL_STEPS} steps"
+    if asked.dtype == torch.float32 and _streams(asked):
+        return "float32 weights of this size do not stay on chip"
+    if asked.ragged or not isinstance(form, Padded):
+        return None
+    layers = cudnn.Layers(
+        form.batch,
+        form.steps,
+        asked.input_size,
+        asked.hidden_size,
+        asked.dtype,
+        stack.num_layers,
+        stack.bidirectional,
+    )
+    gpu = cudnn.Gpu.of(form.device)
+    passes = (True, False) if asked.needs_grad else (True,)
+    found = [cudnn.algorithm(layers, gpu, forward=forward) for forward in passes]
+    return None if "STANDARD" in found else f"cuDNN has a persistent kernel ({found[0]})"
+
+
+def _streams(asked: Request) -> bool:
+    """Whether the kernels would read W_hh from memory at each step."""
+    from fastrnn.ways.fused import input_precision
+    from fastrnn_kernels.tiling import Chip, backward_tile, forward_tile
+
+    chip, precision = Chip.of(asked.form.device), input_precision()
+    size = wide_hidden_size(asked.hidden_size)
+    shape = asked.form.batch, size, asked.stack.directions, asked.dtype, chip, precision
+    passes = (forward_tile, backward_tile) if asked.needs_grad else (forward_tile,)
+    return any(tile(*shape).residency == "streamed" for tile in passes)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.info(message)

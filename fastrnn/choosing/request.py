@@ -1,0 +1,81 @@
+"""What one call of a module asks for: its input, its weights, and what is wanted of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn.input.forms import Form, Jagged
+from fastrnn.input.packing import Lengths
+from fastrnn.ways.recurrence import Memory
+from fastrnn.ways.torch_lstm import Stack
+
+
+class Request(NamedTuple):
+    """A call, read and checked.
+
+    Attributes:
+        form: the input's form.
+        lengths: ``[B]``, or None.
+        mask: bool, shaped as the form has it, or None.
+        resets: likewise.
+        flat: the weights of all layers and directions, in their own dtype.
+        h_0: ``[L * D, B, P]`` in ``dtype``. None: zeros.
+        c_0: ``[L * D, B, H]`` in ``dtype``. None: zeros.
+        dtype: of the results; autocast's where it is on.
+        stack: the layers.
+        backend: what the user asked for.
+        memory: likewise.
+        cell_states: whether the cell states are an output.
+        needs_grad: whether there may be a backward.
+    """
+
+    form: Form
+    lengths: Lengths | None
+    mask: Tensor | None
+    resets: Tensor | None
+    flat: list[Tensor]
+    h_0: Tensor | None
+    c_0: Tensor | None
+    dtype: torch.dtype
+    stack: Stack
+    backend: str = "auto"
+    memory: Memory = "save"
+    cell_states: bool = False
+    needs_grad: bool = False
+
+    @property
+    def input_size(self) -> int:
+        """I."""
+        return self.flat[0].shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.flat[0].shape[0] // 4
+
+    @property
+    def ragged(self) -> bool:
+        """Whether lengths, mask or resets were given."""
+        return not (self.lengths is None and self.mask is None and self.resets is None)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether what says which steps are valid can be read without waiting for a device."""
+        offsets = self.form.offsets if isinstance(self.form, Jagged) else None
+        given = (offsets, self.lengths, self.mask, self.resets)
+        return all(value.is_cpu for value in given if isinstance(value, Tensor))
+
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def have_own_class(tensors: list[Tensor]) -> bool:
+    """Whether one is of a class that says itself what operators do, such as an ExpandedWeight."""
+    kinds = set(map(type, tensors)) - _PLAIN
+    return any(
+        getattr(kind, "__torch_function__") is not torch._C._disabled_torch_function_impl  # noqa: B009
+        for kind in kinds
+    )

@@ -1,0 +1,307 @@
+"""torch's own LSTM: what nn.LSTM computes, by the same operator, on any device and in any dtype.
+
+One call for all layers, of a dense batch as it stands, or of packed rows: the rows of a
+:class:`fastrnn.input.packing.PackedLayout` are a PackedSequence's, so lengths, masks with holes and
+resets need nothing else. On a GPU it is cuDNN's or MIOpen's, on a Mac Metal's, on the CPU oneDNN's
+where that can, and a loop of torch's in C++ elsewhere.
+
+Gradients are wanted in evaluation mode too, where cuDNN refuses unless its train flag is set, so
+the flag follows the gradients and dropout the module. Off the CPU torch's backward has no
+derivative; a double backward goes through the differentiable operations of the cell there.
+
+Limits: no cell-state sequence, and torch decides what is kept for backward. The rows' sizes must be
+on the host. Double backward off the CPU knows no dropout between layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastrnn.input.packing import PackedLayout
+from fastrnn.ways.recurrence import (
+    CPU,
+    differentiate,
+    outside_autocast,
+)
+from fastrnn.ways.step_loop import Call, host_sizes, run_composite
+
+_LSTM_MODE = 2  # the number of the LSTM in cuDNN's interface
+
+
+class Stack(NamedTuple):
+    """What a stack of layers is, besides its tensors.
+
+    Attributes:
+        num_layers: L.
+        bias: whether there are biases.
+        bidirectional: D = 2.
+        projection: whether there are projections.
+        dropout: probability that an entry of a layer's output is zeroed before the next layer.
+    """
+
+    num_layers: int = 1
+    bias: bool = True
+    bidirectional: bool = False
+    projection: bool = False
+    dropout: float = 0.0
+
+    @property
+    def directions(self) -> int:
+        """D."""
+        return 2 if self.bidirectional else 1
+
+
+class DenseOutput(NamedTuple):
+    """What torch's LSTM computes.
+
+    Attributes:
+        output: of the last layer, shaped as the input, ``D * P`` features.
+        h_n: ``[L * D, S, P]``.
+        c_n: ``[L * D, S, H]``.
+    """
+
+    output: Tensor
+    h_n: Tensor
+    c_n: Tensor
+
+
+def can_run(*, cell_states: bool, memory: str) -> str | None:
+    """Why torch's LSTM cannot do what is asked; None where it can."""
+    if cell_states:
+        return "torch's LSTM does not return the cell states"
+    if memory != "save":
+        return "torch's LSTM knows no memory='recompute'"
+    return None
+
+
+def run_dense(
+    x: Tensor,
+    flat: Sequence[Tensor],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    stack: Stack,
+    *,
+    batch_first: bool = False,
+    train: bool = False,
+) -> DenseOutput:
+    """All layers over a dense batch.
+
+    Args:
+        x: ``[T, B, I]``, or ``[B, T, I]`` where ``batch_first``.
+        flat: the weights of all layers and directions; they are cast to the dtype of ``x``.
+        h_0: ``[L * D, B, P]``. None: zeros.
+        c_0: ``[L * D, B, H]``. None: zeros.
+        stack: the layers.
+        batch_first: see ``x``. Default: False.
+        train: whether gradients are wanted. Default: False.
+    """
+
+    def run(x: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]) -> Sequence[Tensor]:
+        return torch.lstm(
+            *(x, (h_0, c_0), list(flat), stack.bias, stack.num_layers, stack.dropout),
+            *(train or stack.dropout > 0, stack.bidirectional, batch_first),
+        )
+
+    def composite(x: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]) -> Sequence[Tensor]:
+        x = x.transpose(0, 1) if batch_first else x
+        steps, batch, _ = x.shape
+        rows, h_n, c_n = _composite(stack, (batch,) * steps, x.flatten(0, 1), h_0, c_0, flat)
+        output = rows.unflatten(0, (steps, batch))
+        return output.transpose(0, 1) if batch_first else output, h_n, c_n
+
+    h_0, c_0 = _states(h_0, c_0, x, x.shape[0 if batch_first else 1], flat, stack)
+    return _run(run, composite, x, h_0, c_0, flat, stack, train)
+
+
+def run_rows(
+    rows: Tensor,
+    layout: PackedLayout,
+    flat: Sequence[Tensor],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    stack: Stack,
+    *,
+    train: bool = False,
+) -> DenseOutput:
+    """All layers over the rows of an exact layout, of which there is at least one.
+
+    Args:
+        rows: ``[N, I]``.
+        layout: of the batch, S sequences.
+        flat: as in :func:`run_dense`.
+        h_0: ``[L * D, S, P]``. None: zeros.
+        c_0: ``[L * D, S, H]``. None: zeros.
+        stack: as in :func:`run_dense`, and so is ``train``.
+        train: see there.
+    """
+    sizes = layout.batch_sizes
+    active = int(sizes[0])  # those without a step follow them
+
+    def run(rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]) -> Sequence[Tensor]:
+        states = h_0[:, :active].contiguous(), c_0[:, :active].contiguous()
+        output, *final = torch.lstm(
+            *(rows, sizes, states, list(flat), stack.bias, stack.num_layers, stack.dropout),
+            *(train or stack.dropout > 0, stack.bidirectional),
+        )
+        if active < h_0.shape[1]:
+            pairs = zip(final, (h_0, c_0), strict=True)
+            final = [torch.cat([last, first[:, active:]], 1) for last, first in pairs]
+        return output, *final
+
+    def composite(
+        rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return _composite(stack, host_sizes(sizes), rows, h_0, c_0, flat)
+
+    h_0, c_0 = _states(h_0, c_0, rows, layout.sequences, flat, stack)
+    return _run(run, composite, rows, h_0, c_0, flat, stack, train)
+
+
+def _states(
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    like: Tensor,
+    sequences: int,
+    flat: Sequence[Tensor],
+    stack: Stack,
+) -> tuple[Tensor, Tensor]:
+    """The initial states, zeros where there are none; contiguous, as cuDNN and oneDNN want them."""
+    if h_0 is not None and c_0 is not None:  # always both
+        return h_0.contiguous(), c_0.contiguous()
+    count, (gates, width) = stack.num_layers * stack.directions, flat[1].shape
+    h_0 = like.new_zeros(count, sequences, width)
+    return h_0, like.new_zeros(count, sequences, gates // 4) if stack.projection else h_0
+
+
+def _weights(flat: Sequence[Tensor], dtype: torch.dtype, stack: Stack) -> list[Tensor]:
+    """The weights as torch's operator wants them: in ``dtype``, and where cuDNN runs in one chunk.
+
+    cuDNN takes weights in one chunk of memory, where nn.LSTM's parameters are; torch warns at every
+    call where they are not, and makes a chunk. So does this, without a warning.
+    """
+    own = [weight if weight.dtype == dtype else weight.to(dtype) for weight in flat]
+    if own[0].device == CPU:  # oneDNN takes strided weights for contiguous ones
+        return [weight if weight.is_contiguous() else weight.contiguous() for weight in own]
+    if not _wants_one_chunk(own[0]) or len({w.untyped_storage().data_ptr() for w in own}) == 1:
+        return own
+    if flat[0].dtype == dtype:
+        own = [weight.clone() for weight in own]
+    gates, input_size = own[0].shape
+    projected = own[-1].shape[0] if stack.projection else 0
+    with torch.no_grad():  # it moves the tensors, and changes no number
+        torch._cudnn_rnn_flatten_weight(
+            own,
+            len(own) // (stack.num_layers * stack.directions),
+            input_size,
+            _LSTM_MODE,
+            gates // 4,
+            projected,
+            stack.num_layers,
+            False,
+            stack.bidirectional,
+        )
+    return own
+
+
+def _wants_one_chunk(weight: Tensor) -> bool:
+    """Whether cuDNN runs what has this weight."""
+    return (
+        weight.is_cuda
+        and torch.backends.cudnn.is_acceptable(weight)
+        and torch._use_cudnn_rnn_flatten_weight()
+    )
+
+
+_Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor]]
+
+
+def _run(
+    run: _Run,
+    composite: _Run,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    stack: Stack,
+    train: bool,
+) -> DenseOutput:
+    with outside_autocast(x.device):
+        flat = _weights(flat, x.dtype, stack)
+        if not train or x.device == CPU or torch._C._get_tracing_state():
+            # On the CPU torch differentiates its backward too.
+            output, h_n, c_n = run(x, h_0, c_0, flat)
+            return DenseOutput(output, h_n, c_n)
+        again = None if stack.dropout else composite
+        output, h_n, c_n = _Differentiable.apply(run, again, x, h_0, c_0, *flat)
+        return DenseOutput(output, h_n, c_n)
+
+
+def _composite(
+    stack: Stack,
+    sizes: tuple[int, ...],
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers, without dropout, in differentiable operations."""
+    directions, each = stack.directions, len(flat) // stack.num_layers
+    call = Call(sizes, directions, stack.bias, stack.projection, cell_states=False)
+    h_n, c_n = [], []
+    for layer in range(stack.num_layers):
+        states = slice(layer * directions, (layer + 1) * directions)
+        weights = flat[layer * each : (layer + 1) * each]
+        rows, last_h, last_c, _ = run_composite(call, rows, h_0[states], c_0[states], weights)
+        h_n.append(last_h)
+        c_n.append(last_c)
+    return rows, torch.cat(h_n), torch.cat(c_n)
+
+
+class _Differentiable(torch.autograd.Function):
+    """torch's LSTM where its own backward cannot be differentiated.
+
+    It keeps torch's graph, and lets it go when autograd lets go of this node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, composite: _Run | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of ``run``."""
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
+        x, h_0, c_0, *flat = leaves
+        with torch.enable_grad():
+            outputs = run(x, h_0, c_0, flat)
+        ctx.composite, ctx.graph = composite, (leaves, outputs)
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs that need one."""
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        with outside_autocast(inputs[0].device):
+            if torch.is_grad_enabled():
+                if ctx.composite is None:
+                    raise RuntimeError(
+                        "torch's LSTM on this device has no double backward with dropout between "
+                        'layers; use backend="reference" for it, or dropout=0'
+                    )
+                return (None, None, *differentiate(ctx.composite, d_outputs, inputs, needs))
+            leaves, outputs = ctx.graph
+            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            if not keep:
+                del ctx.graph
+            reached = [index for index, gradient in enumerate(d_outputs) if gradient is not None]
+            found = torch.autograd.grad(
+                [outputs[index] for index in reached],
+                [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed],
+                [d_outputs[index] for index in reached],
+                retain_graph=keep,
+                allow_unused=True,
+            )
+        each = iter(found)
+        return (None, None, *(next(each) if needed else None for needed in needs))
