@@ -36,8 +36,9 @@ import triton
 from torch import Tensor
 
 from .gradient_kernel import gradient_norm_kernel
-from .gradient_table import Table, Tables
-from .launch import launching
+from .gradient_table import KINDS, Table, Tables
+from .launch import CannotLaunch, launching
+from .trust import NormVariant, norm_refusal, trusting
 
 THREADS = 256
 # What a program reads at a time: 64 bytes per thread, four loads.
@@ -100,7 +101,7 @@ def can_run(grads: Sequence[Tensor], norm_type: float = 2.0) -> str | None:
         return "gradients made in inference mode have no version counter"
     if _is_capturing(grads[0].device) and _tables.find(grads) is None:
         return _COLD
-    return None
+    return norm_refusal(grads[0].device)
 
 
 _COLD = (
@@ -201,7 +202,7 @@ def clip_gradients(
         found_inf: float32 tensor of one element on the same device that receives 1 where the total
             norm is not finite, else 0: what fused optimizers take as `found_inf`.
         programs: how many programs share the work; by default as many as are resident at once, or
-            fewer where there is little to do.
+            fewer where there is little to do, after a check (trust.py).
 
     Returns:
         The total norm [], the coefficient [] and the norms of the gradients, in the order given;
@@ -222,15 +223,24 @@ def clip_gradients(
     if norm_type not in NORMS:
         raise ValueError(f"norm_type must be 1, 2 or inf, got {norm_type}")
     device = grads[0].device
+    if programs is None and (reason := norm_refusal(device)) is not None:
+        raise CannotLaunch(reason)
     capturing = _is_capturing(device)
     table = _table_of(grads, norm_type, programs, capturing)
     dtypes = set(map(_dtype, grads))
     rounds = norm_dtype is None and not dtypes <= {torch.float32, torch.complex64}
     if norm_dtype is None:
         norm_dtype = functools.reduce(torch.promote_types, dtypes).to_real()
+    variant = None
+    if programs is None:
+        options: dict[str, object] = {"scale": scale, "zero_nonfinite": zero_nonfinite}
+        if not rounds:
+            options["norm_dtype"] = torch.float32
+        kinds = tuple(sorted(dtypes & KINDS.keys(), key=str)) or (torch.float32,)
+        variant = NormVariant(device, norm_type, kinds, tuple(options.items()))
     other_grads = [grads[i] for i in table.others]
     own_grads = [grads[i] for i in table.own] if other_grads else grads
-    with launching(grads[0]) as failed:
+    with trusting(variant), launching(grads[0]) as failed:
         partials = torch.empty(table.segments + 1, dtype=torch.float32, device=device)
         norms = torch.empty(table.gradients, dtype=norm_dtype, device=device)
         total_norm = torch.empty((), dtype=norm_dtype, device=device)

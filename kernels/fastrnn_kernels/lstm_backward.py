@@ -39,6 +39,7 @@ from .primitives import (
 )
 from .tile_store import stored_tile
 from .tiling import Chip, Tile, backward_tile, ceil_div
+from .trust import RecurrenceVariant, trusting
 
 
 class LSTMBackward(NamedTuple):
@@ -340,7 +341,7 @@ def lstm_backward(
         d_c: gradient of the cell states `c`, where they were an output [N, D, H].
         input_precision: how float32 products are made, as in the forward pass.
         tile: how the work is cut. Default: as measured (tile_store.py), or else the rule's
-            (`tiling.backward_tile`).
+            (`tiling.backward_tile`), after a check (trust.py).
 
     Returns:
         d_gates (zero in rows beyond the valid ones), d_h_0 and d_c_0, of gates' dtype.
@@ -348,6 +349,7 @@ def lstm_backward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
         CannotLaunch: a compiler, the driver or the GPU refuses it (nothing was computed).
+        NotChecked: a CUDA graph is being captured, and this kernel has not been checked before.
         BarrierTimeout: an earlier launch on this device has failed (see failed_waits.py).
     """
     D, S, H, T = check_rows(gates, weight_hh, None, c_0, batch_sizes, offsets)
@@ -364,15 +366,18 @@ def lstm_backward(
         return LSTMBackward(d_gates.zero_(), d_h_0.copy_(d_h_n), d_c_0.copy_(d_c_n))
 
     precision = precision_of(gates, input_precision)
+    variant = None
     if tile is None:
         tile = stored_tile("backward", S, H, D, gates.dtype, gates.device, precision)
-    if tile is None:
-        tile = backward_tile(S, H, D, gates.dtype, Chip.of(gates.device), precision)
+        if tile is None:
+            tile = backward_tile(S, H, D, gates.dtype, Chip.of(gates.device), precision)
+        kind = (H, D, gates.dtype, precision, d_c is not None, tile)
+        variant = RecurrenceVariant("backward", gates.device, *kind)
     tile.check(S, H)
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates, tile, D, num_batch_tiles, 4 * tile.padded(H))
-    with launching(gates) as failed:
+    with trusting(variant), launching(gates) as failed:
         lstm_backward_kernel[tile.grid(D)](
             d_h,
             d_h_n,

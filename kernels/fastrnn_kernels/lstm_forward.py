@@ -40,6 +40,7 @@ from .primitives import (
 )
 from .tile_store import stored_tile
 from .tiling import Chip, Tile, ceil_div, forward_tile
+from .trust import RecurrenceVariant, trusting
 
 
 class LSTMForward(NamedTuple):
@@ -328,7 +329,7 @@ def lstm_forward(
         input_precision: how float32 products are made: "tf32", "tf32x3" (as exact as float32) or
             "ieee".
         tile: how the work is cut. Default: as measured (tile_store.py), or else the rule's
-            (`tiling.forward_tile`).
+            (`tiling.forward_tile`), after a check (trust.py).
 
     Returns:
         h, h_n, c_n, and gates and c where `save` asks for them, all of gates_x's dtype.
@@ -336,6 +337,7 @@ def lstm_forward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
         CannotLaunch: a compiler, the driver or the GPU refuses it (nothing was computed).
+        NotChecked: a CUDA graph is being captured, and this kernel has not been checked before.
         BarrierTimeout: an earlier launch on this device has failed (see failed_waits.py).
     """
     D, S, H, T = check_rows(gates_x, weight_hh, h_0, c_0, batch_sizes, offsets)
@@ -353,15 +355,18 @@ def lstm_forward(
         return LSTMForward(h, h_n, c_n, gates, c)
 
     precision = precision_of(gates_x, input_precision)
+    variant = None
     if tile is None:
         tile = stored_tile("forward", S, H, D, gates_x.dtype, gates_x.device, precision)
-    if tile is None:
-        tile = forward_tile(S, H, D, gates_x.dtype, Chip.of(gates_x.device), precision)
+        if tile is None:
+            tile = forward_tile(S, H, D, gates_x.dtype, Chip.of(gates_x.device), precision)
+        kind = (H, D, gates_x.dtype, precision, save, tile)
+        variant = RecurrenceVariant("forward", gates_x.device, *kind)
     tile.check(S, H)
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates_x, tile, D, num_batch_tiles, tile.padded(H))
-    with launching(gates_x) as failed:
+    with trusting(variant), launching(gates_x) as failed:
         lstm_forward_kernel[tile.grid(D)](
             gates_x,
             weight_hh,

@@ -1,33 +1,23 @@
 """Tiles that were measured, kept on disk: tuning.py writes them, the launchers look them up.
 
-`$XDG_CACHE_HOME/fastrnn/tiles-VERSION.json` (`~/.cache/fastrnn/...`) holds, for each GPU and class
-of shapes, the tile that was fastest there. VERSION is Triton's and a hash of the kernels' source,
-for a change of either makes other machine code. A class is a pass, H, D, dtype, precision and the
-number of sequences in steps of powers of two; the lengths of sequences do not enter.
-
-A file that cannot be read, that is not what it should be, or whose tile does not fit is as good as
-none: the reason is logged as a warning and the rule of tiling.py decides.
-
-Limits: of two processes that write at the same time the later one may lose what the earlier found;
-the file is whole at any time. A process sees what others write only when it starts, or saves.
+A kept store (kept_store.py) holds, for each GPU and class of shapes, the tile that was fastest
+there. A class is a pass, H, D, dtype, precision and the number of sequences in steps of powers of
+two; the lengths of sequences do not enter. Where a tile does not fit, the reason is logged as a
+warning and the rule of tiling.py decides.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from .kept_store import KeptStore
 from .tiling import (
     Chip,
     Pass,
@@ -85,47 +75,9 @@ def class_of_batch(S: int) -> int:
     return max(SMALLEST_CLASS, 1 << (S - 1).bit_length())
 
 
-@functools.cache
-def version() -> str:
-    """Triton's version and a hash of the kernels' source."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((Path(__file__).parent / name).read_bytes())
-    return f"{triton.__version__}-{digest.hexdigest()[:16]}"
-
-
-def store_path() -> Path:
-    """Where measured tiles are kept.
-
-    Raises:
-        RuntimeError: neither XDG_CACHE_HOME nor a home directory is known.
-    """
-    base = os.environ.get("XDG_CACHE_HOME")
-    directory = Path(base) if base else Path.home() / ".cache"
-    return directory / "fastrnn" / f"tiles-{version()}.json"
-
-
-def read_store(path: Path) -> dict[str, Tile]:
-    """The tiles in a file; none, with a warning in the log, where it is not what it should be."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != version():
-            raise ValueError(f"it is of version {content['version']}, this is {version()}")
-        return {key: _tile_from(entry["tile"]) for key, entry in content["tiles"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning(
-            "measured tiles in %s are ignored (%s: %s); delete the file, or run fastrnn.tune again",
-            path,
-            type(error).__name__,
-            error,
-        )
-        return {}
-
-
-def _tile_from(values: Mapping[str, Any]) -> Tile:
+def _tile_from(entry: Mapping[str, Any]) -> Tile:
     """A tile from the file's values, the kind of each checked."""
+    values = entry["tile"]
     names = {field.name for field in fields(Tile)}
     if set(values) != names:
         raise ValueError(f"a tile has {sorted(names)}, got {sorted(values)}")
@@ -140,62 +92,47 @@ def _tile_from(values: Mapping[str, Any]) -> Tile:
     return Tile(**values)
 
 
+_store = KeptStore("tiles", "measured tiles", "run fastrnn.tune again", SOURCES, _tile_from)
+
+
+def version() -> str:
+    """Triton's version and a hash of the kernels' source."""
+    return _store.version
+
+
+def store_path() -> Path:
+    """Where measured tiles are kept.
+
+    Raises:
+        RuntimeError: neither XDG_CACHE_HOME nor a home directory is known.
+    """
+    return _store.path()
+
+
+def measured_tiles() -> dict[str, Tile]:
+    """All tiles of the store, by their class's key."""
+    return _store.findings()
+
+
 def save_tiles(found: Mapping[ShapeClass, tuple[Tile, float]]) -> Path | None:
     """Adds measured tiles and their microseconds to the store; this process uses them from now on.
 
     Returns:
         The file, or None where it could not be written; the reason is logged as a warning.
     """
-    try:
-        path = store_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entries = _entries(path)
-        for shape, (tile, microseconds) in found.items():
-            entries[shape.key] = {"tile": asdict(tile), "microseconds": microseconds}
-        content = {"version": version(), "tiles": dict(sorted(entries.items()))}
-        _replace(path, json.dumps(content, indent=1) + "\n")
-    except (OSError, RuntimeError) as error:
-        _log.warning("measured tiles are not kept beyond this process: %s", error)
-        _tiles().update({shape.key: tile for shape, (tile, _) in found.items()})
-        stored_tile.cache_clear()
-        return None
-    forget()
+    path = _store.add(
+        {
+            shape.key: {"tile": asdict(tile), "microseconds": microseconds}
+            for shape, (tile, microseconds) in found.items()
+        }
+    )
+    stored_tile.cache_clear()
     return path
-
-
-def _entries(path: Path) -> dict[str, Any]:
-    """What the file holds already; nothing where it is not what it should be."""
-    if not read_store(path):
-        return {}
-    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["tiles"]
-    return entries
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old one or the new one, and never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-@functools.cache
-def _tiles() -> dict[str, Tile]:
-    """The store as this process found it, and what it added."""
-    try:
-        return read_store(store_path())
-    except (OSError, RuntimeError) as error:
-        _log.warning("no place for measured tiles: %s", error)
-        return {}
 
 
 def forget() -> None:
     """Reads the store anew when it is next asked for."""
-    _tiles.cache_clear()
+    _store.forget()
     stored_tile.cache_clear()
 
 
@@ -210,7 +147,7 @@ def stored_tile(
     input_precision: str,
 ) -> Tile | None:
     """The tile that was measured to be fastest for such a launch; None where none was."""
-    tiles = _tiles()
+    tiles = measured_tiles()
     if not tiles:
         return None
     shape = ShapeClass.of(which, S, H, D, dtype, device, input_precision)

@@ -11,9 +11,9 @@ import torch
 
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
+from fastrnn_kernels.reference import Rows, reference, rows_of
 from fastrnn_kernels.tiling import Tile, ceil_div
 from tests.interpreter import POLLS_BEFORE_STUCK, Schedule, cooperative
-from tests.kernels.reference import Rows, reference, rows_of
 
 FORWARD_NAMES = ("h", "h_n", "c_n", "gates", "c")
 BACKWARD_NAMES = ("d_gates", "d_h_0", "d_c_0")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from tests.kernels.reference import reference, rows_of
+from fastrnn_kernels.reference import reference, rows_of
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

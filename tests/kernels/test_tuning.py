@@ -18,11 +18,11 @@ from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels import tile_store, tuning
 from fastrnn_kernels.launch import CannotLaunch
+from fastrnn_kernels.reference import rows_of
 from fastrnn_kernels.tile_store import store_path
 from fastrnn_kernels.tiling import CHIPS, Tile, fitting_tiles, forward_tile
 from tests.interpreter import cooperative
 from tests.kernels.problems import Problem, run_forward, tile_for
-from tests.kernels.reference import rows_of
 
 pytestmark = pytest.mark.interpreter
 
