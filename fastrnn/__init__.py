@@ -4,7 +4,7 @@ Importing it needs torch only and changes nothing: triton is imported when a ker
 and nothing is patched before :func:`patched` is entered.
 """
 
-from fastrnn.choosing.backends import backends
+from fastrnn.choosing.backends import backends, limit_multiprocessors
 from fastrnn.clip import GradientClipper, clip_grad_norm_
 from fastrnn.convert import convert, patched, revert
 from fastrnn.lstm import LSTM
@@ -16,6 +16,7 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "convert",
+    "limit_multiprocessors",
     "patched",
     "revert",
     "tune",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -40,7 +41,8 @@ def can_run_triton(
         return f"the kernels compute float32, bfloat16 and float16, got {dtype}"
     device = torch.device(device)
     reason = _device_reason(device.type, device.index)
-    return reason or _tile_reason(device, dtype, hidden_size, directions)
+    reason = reason or _tile_reason(device, dtype, hidden_size, directions)
+    return reason or _refusal(device, dtype, hidden_size, directions)
 
 
 # A constant to torch.compile, which cannot trace it. torch.compiler.assume_constant_result sets
@@ -79,6 +81,38 @@ def _tile_reason(
     except ValueError as error:
         return str(error)
     return None
+
+
+def _refusal(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, directions: int
+) -> str | None:
+    """Why a kernel of this layer failed its check, or was refused, earlier in this process."""
+    trust = sys.modules.get("fastrnn_kernels.trust")  # not imported: nothing was launched
+    if trust is None:
+        return None
+    reason: str | None = trust.refusal(device, dtype, wide_hidden_size(hidden_size), directions)
+    return reason
+
+
+def limit_multiprocessors(n: int | None) -> None:
+    """Let each launch of a kernel take at most so many multiprocessors of a GPU.
+
+    A kernel whose programs wait for each other must have them all at once. Alone on a GPU it may
+    take all multiprocessors; who shares one, by streams, MPS or green contexts, says here how many
+    are free, or else launches are refused, or wait for the others to end. What MPS withholds by
+    ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` the driver reports, and needs no limit here.
+
+    Args:
+        n: how many, for all GPUs of this process; None for all that there are. Call it before the
+            first use of a kernel: gradients that were clipped before keep their grid.
+
+    Raises:
+        ValueError: ``n`` is not positive.
+    """
+    from fastrnn_kernels import tiling
+
+    tiling.limit_multiprocessors(n)
+    _tile_reason.cache_clear()
 
 
 def backends() -> dict[str, str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastrnn.choosing import cudnn
 from fastrnn.choosing.arrange import Work, arrange
 from fastrnn.choosing.backends import can_run_triton, check_backend
+from fastrnn.choosing.environment import forced_backend
 from fastrnn.choosing.request import Request, have_own_class
 from fastrnn.input.forms import Padded
 from fastrnn.input.packing import Layout, PaddedLayout, RectangleLayout
@@ -73,6 +74,8 @@ def choose(asked: Request) -> Choice:
         ValueError: it does not exist.
         TypeError: the dtype is complex, and torch's own code is not allowed.
     """
+    if forced := forced_backend():
+        asked = asked._replace(backend=forced)
     if torch.compiler.is_compiling():
         return _traced(asked)
     if not onednn.outside_transforms():

@@ -26,6 +26,8 @@ from torch import Tensor
 # The order of torch's own groups is the order in which it sums norms of mixed dtypes.
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from fastrnn.choosing.environment import forced_backend
+
 # torch sums the squares of one float32 vector on one thread, in as many sums as a register has
 # lanes. Relative error on standard normals (AVX2): 1e-5 at 2**20 elements, 8e-5 at 2**22, 4e-4 at
 # 10 M, 4e-3 at 50 M; in chunks of 2**14 it stays below 2e-7. Time at 4 M elements (EPYC, 2 cores):
@@ -196,6 +198,8 @@ def can_run_kernel(grads: Sequence[Tensor], norm_type: float) -> str | None:
     """Why the Triton kernel cannot clip these gradients; None where it can. Never synchronises."""
     if not grads[0].is_cuda:  # so that Triton is imported for none but these
         return "the kernel runs on CUDA devices, and the first gradient is on another"
+    if forced := forced_backend():
+        return f"FASTRNN_BACKEND={forced} is set"
     if isinstance(kernel := _kernel_module(), str):
         return kernel
     reason: str | None = kernel.can_run(grads, norm_type)

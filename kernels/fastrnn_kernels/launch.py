@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -93,6 +94,24 @@ def precision_of(tensor: torch.Tensor, input_precision: InputPrecision) -> Input
     if input_precision == "tf32x3" and torch.version.hip is not None:
         return "ieee"
     return input_precision
+
+
+def assert_no_spill(compiled: Any) -> None:
+    """Raises where a kernel keeps registers in memory and FASTRNN_ASSERT_NO_SPILL is 1.
+
+    Args:
+        compiled: what the launch has returned; None where it was interpreted.
+
+    Raises:
+        RuntimeError: with the number of spills.
+    """
+    if os.environ.get("FASTRNN_ASSERT_NO_SPILL") != "1" or compiled is None:
+        return
+    if compiled.n_spills:
+        raise RuntimeError(
+            f"{compiled.name} spills {compiled.n_spills} registers on this GPU, which costs time; "
+            "please report it, with the output of `python -m fastrnn info`"
+        )
 
 
 class CannotLaunch(RuntimeError):

@@ -18,6 +18,7 @@ import triton.language as tl
 from .grid_barrier import count_arrival, wait
 from .launch import (
     InputPrecision,
+    assert_no_spill,
     check_rows,
     check_tensor,
     launching,
@@ -378,7 +379,7 @@ def lstm_backward(
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates, tile, D, num_batch_tiles, 4 * tile.padded(H))
     with trusting(variant), launching(gates) as failed:
-        lstm_backward_kernel[tile.grid(D)](
+        compiled = lstm_backward_kernel[tile.grid(D)](
             d_h,
             d_h_n,
             d_c_n,
@@ -408,4 +409,5 @@ def lstm_backward(
             INPUT_PRECISION=precision,
             **tile.constants(),
         )
+    assert_no_spill(compiled)
     return LSTMBackward(d_gates, d_h_0, d_c_0)

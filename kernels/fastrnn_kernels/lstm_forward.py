@@ -19,6 +19,7 @@ import triton.language as tl
 from .grid_barrier import count_arrival, wait
 from .launch import (
     InputPrecision,
+    assert_no_spill,
     check_rows,
     launching,
     precision_of,
@@ -367,7 +368,7 @@ def lstm_forward(
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)
     exchange, arrivals = scratch(gates_x, tile, D, num_batch_tiles, tile.padded(H))
     with trusting(variant), launching(gates_x) as failed:
-        lstm_forward_kernel[tile.grid(D)](
+        compiled = lstm_forward_kernel[tile.grid(D)](
             gates_x,
             weight_hh,
             h_0,
@@ -396,4 +397,5 @@ def lstm_forward(
             INPUT_PRECISION=precision,
             **tile.constants(),
         )
+    assert_no_spill(compiled)
     return LSTMForward(h, h_n, c_n, gates, c)

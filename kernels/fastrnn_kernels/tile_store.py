@@ -126,17 +126,16 @@ def save_tiles(found: Mapping[ShapeClass, tuple[Tile, float]]) -> Path | None:
             for shape, (tile, microseconds) in found.items()
         }
     )
-    stored_tile.cache_clear()
+    _fitting_tile.cache_clear()
     return path
 
 
 def forget() -> None:
     """Reads the store anew when it is next asked for."""
     _store.forget()
-    stored_tile.cache_clear()
+    _fitting_tile.cache_clear()
 
 
-@functools.lru_cache(maxsize=4096)
 def stored_tile(
     which: Pass,
     S: int,
@@ -147,6 +146,20 @@ def stored_tile(
     input_precision: str,
 ) -> Tile | None:
     """The tile that was measured to be fastest for such a launch; None where none was."""
+    return _fitting_tile(which, S, H, D, dtype, device, input_precision, Chip.of(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _fitting_tile(
+    which: Pass,
+    S: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    input_precision: str,
+    chip: Chip,
+) -> Tile | None:
     tiles = measured_tiles()
     if not tiles:
         return None
@@ -154,7 +167,6 @@ def stored_tile(
     tile = tiles.get(shape.key)
     if tile is None:
         return None
-    chip = Chip.of(device)
     try:
         tile = with_batch_programs(tile, S, D, chip)
         tile.check(S, H)

@@ -112,7 +112,10 @@ class Chip:
         if device.type != "cuda":
             return CHIPS["sm_90"]
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _chip_of_gpu(index)
+        chip = _chip_of_gpu(index)
+        if _most_multiprocessors is None or chip.multiprocessors <= _most_multiprocessors:
+            return chip
+        return replace(chip, multiprocessors=_most_multiprocessors)
 
 
 CHIPS = {
@@ -121,6 +124,21 @@ CHIPS = {
     "sm_100": Chip("sm_100", multiprocessors=148, shared_memory=232_448),
     "gfx942": Chip("gfx942", multiprocessors=304, shared_memory=65_536, warp_size=64),
 }
+
+
+_most_multiprocessors: int | None = None
+
+
+def limit_multiprocessors(n: int | None) -> None:
+    """Lets a launch take at most n multiprocessors of a GPU; None: all that the driver reports.
+
+    Raises:
+        ValueError: n is not positive.
+    """
+    global _most_multiprocessors
+    if n is not None and n < 1:
+        raise ValueError(f"n must be a positive number of multiprocessors or None, got {n}")
+    _most_multiprocessors = n
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 
 from fastrnn_kernels import launch
 from fastrnn_kernels.failed_waits import FailedWaits
-from fastrnn_kernels.launch import CannotLaunch, launching
+from fastrnn_kernels.launch import CannotLaunch, assert_no_spill, launching
 
 CPU = torch.device("cpu")
 
@@ -95,3 +95,13 @@ def test_an_error_of_the_interpreter_is_raised_as_it_is() -> None:
     with pytest.raises(RuntimeError) as found, launching(torch.zeros(1)):
         raise error
     assert found.value is error
+
+
+def test_a_spill_is_an_error_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling = SimpleNamespace(name="lstm_forward_kernel", n_spills=3)
+    assert_no_spill(spilling)
+    monkeypatch.setenv("FASTRNN_ASSERT_NO_SPILL", "1")
+    assert_no_spill(SimpleNamespace(name="lstm_forward_kernel", n_spills=0))
+    assert_no_spill(None)
+    with pytest.raises(RuntimeError, match="lstm_forward_kernel spills 3 registers"):
+        assert_no_spill(spilling)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastrnn
+from fastrnn_kernels import tiling
 from fastrnn_kernels.tiling import (
     CHIPS,
+    Chip,
     Tile,
     backward_tile,
     ceil_div,
@@ -94,3 +100,45 @@ def test_a_tile_that_does_not_cover_is_refused(change: dict[str, object], messag
     tile.check(32, 100)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tile, **change).check(32, 100)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """An H100."""
+    monkeypatch.setattr(tiling, "_chip_of_gpu", lambda index: CHIPS["sm_90"])
+    yield torch.device("cuda", 0)
+    fastrnn.limit_multiprocessors(None)
+
+
+def test_launches_keep_within_the_multiprocessors_that_are_free(gpu: torch.device) -> None:
+    assert Chip.of(gpu) == CHIPS["sm_90"]
+    fastrnn.limit_multiprocessors(20)
+    assert Chip.of(gpu).multiprocessors == 20
+    tile = forward_tile(64, 256, 1, torch.bfloat16, Chip.of(gpu))
+    assert math.prod(tile.grid(1)) <= 20
+    fastrnn.limit_multiprocessors(1000)
+    assert Chip.of(gpu) == CHIPS["sm_90"]
+
+
+def test_a_measured_tile_does_not_outlive_a_limit(
+    gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastrnn_kernels import tile_store
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    tile_store.forget()
+    shape = (64, 1024, 1, torch.bfloat16)
+    shape_class = tile_store.ShapeClass.of("forward", *shape, gpu, "tf32")
+    tile = forward_tile(*shape, Chip.of(gpu))
+    tile_store.save_tiles({shape_class: (tile, 1.0)})
+    assert tile_store.stored_tile("forward", *shape, gpu, "tf32") == tile
+    fastrnn.limit_multiprocessors(20)
+    assert tile_store.stored_tile("forward", *shape, gpu, "tf32") is None
+    tile_store.forget()
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_a_limit_is_positive(n: int) -> None:
+    with pytest.raises(ValueError, match=f"positive number of multiprocessors or None, got {n}"):
+        fastrnn.limit_multiprocessors(n)
