@@ -1,4 +1,4 @@
-"""`python -m fastrnn RECIPE [options]`: see :mod:`fastrnn.recipes`."""
+"""`python -m fastrnn RECIPE|TOOL [options]`: see :mod:`fastrnn.recipes.command_line`."""
 
 import sys
 

@@ -209,9 +209,8 @@ def verdict(variant: Variant) -> str | None:
             return None
         reason = f"{chip} is used after a check only, and FASTRNN_CHECK=0 forbids it"
         return _refuse(variant, reason)
-    key = f"{_machine(device)}/{compiled}"
     kept = verdicts.findings()
-    if mode == "first" and key in kept:
+    if mode == "first" and (key := _key(compiled)) in kept:
         reason = kept[key]
         return None if reason is None else _refuse(variant, _failed(device, compiled, reason))
     if _is_capturing(device):
@@ -219,6 +218,16 @@ def verdict(variant: Variant) -> str | None:
             f"a CUDA graph is being captured, and the kernel {compiled} has not been checked on "
             "this GPU: call the same once before the capture"
         )
+    return check_now(variant)
+
+
+def check_now(variant: Variant) -> str | None:
+    """Checks a variant, whatever was known of it, and keeps the verdict.
+
+    Returns:
+        Why it cannot be trusted: it has failed, or was refused; None where it can.
+    """
+    compiled, device = variant.compiled(), variant.device
     try:
         reason = _in_a_thread(compiled.check, device)
         failed_waits(device).reason()  # the check has waited for its launches
@@ -226,7 +235,7 @@ def verdict(variant: Variant) -> str | None:
         return _refuse(variant, str(error))
     except BarrierTimeout:
         reason = "its programs have waited for each other in vain"
-    verdicts.add({key: reason})
+    verdicts.add({_key(compiled): reason})
     return None if reason is None else _refuse(variant, _failed(device, compiled, reason))
 
 
@@ -256,6 +265,11 @@ def _refuse(variant: Variant, reason: str) -> str:
 
 def _needs_trust(device: torch.device) -> bool:
     return device.type == "cuda"
+
+
+def _key(compiled: Variant) -> str:
+    """Its name among the verdicts."""
+    return f"{_machine(compiled.device)}/{compiled}"
 
 
 def _is_capturing(device: torch.device) -> bool:
