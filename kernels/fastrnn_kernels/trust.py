@@ -233,6 +233,8 @@ def check_now(variant: Variant) -> str | None:
         failed_waits(device).reason()  # the check has waited for its launches
     except CannotLaunch as error:
         return _refuse(variant, str(error))
+    except torch.OutOfMemoryError:  # for now: it is tried again
+        return f"there is no memory on {device} to check the kernel {compiled} with"
     except BarrierTimeout:
         reason = "its programs have waited for each other in vain"
     verdicts.add({_key(compiled): reason})

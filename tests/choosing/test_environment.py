@@ -80,6 +80,13 @@ def test_a_backend_can_be_put_in_the_place_of_every_other(
     assert found == [way]
 
 
+def test_gradients_are_clipped_without_a_kernel_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrnn.clip.gradient_norms import can_run_kernel
+
+    monkeypatch.setenv("FASTRNN_BACKEND", "torch")
+    assert can_run_kernel([mock.Mock(is_cuda=True)], 2.0) == "FASTRNN_BACKEND=torch is set"
+
+
 def test_a_forced_backend_is_a_constant_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRNN_BACKEND", "reference")
     lstm, x = fastrnn.LSTM(2, 3), torch.randn(4, 2, 2)

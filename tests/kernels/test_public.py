@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,10 +14,12 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
+from fastrnn.choosing import backends
 from fastrnn.choosing.choose import Choice
 from fastrnn.input.packing import ragged_layout
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
+from fastrnn_kernels import trust
 from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import Schedule, schedules
 from tests.kernels.launches import on_kernels
@@ -360,6 +363,32 @@ def test_a_launch_that_the_gpu_refuses_is_an_error_where_the_kernels_were_asked_
         pytest.raises(RuntimeError, match="cannot run: cuda:0 refused the launch"),
     ):
         by_lengths(lstm, x, hx)
+
+
+@pytest.mark.parametrize("failing", ["check_forward", "check_backward"])
+def test_a_kernel_that_fails_its_check_is_replaced_and_not_chosen_again(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTRNN_CHECK", "first")
+    trust.forget()
+    lstm = make(bidirectional=True)
+    x, hx = problem(lstm)
+    chosen = mock.Mock(return_value=Choice("triton", "", backend="triton-or-reference"))
+    kind = (x.device, x.dtype, 5, 2)
+    with (
+        on_kernels() as launches,
+        mock.patch.object(trust, "_needs_trust", return_value=True),
+        mock.patch.object(trust.checking, failing, return_value="h is off by 3"),
+        mock.patch("fastrnn.lstm.choose", chosen),
+    ):
+        assert backends.can_run_triton(*kind) is None
+        found = everything(by_lengths, lstm, x, hx)
+        assert "failed its check on cpu, h is off by 3" in backends.can_run_triton(*kind)
+    assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
+    assert launches.call_count
+    assert caplog.text.count("a kernel is not used by this process any more") == 1
+    trust.forget()
 
 
 def test_precision_follows_the_switch_of_cudnns_rnns() -> None:

@@ -170,6 +170,15 @@ def test_a_refusal_of_a_launch_is_remembered(
     assert caplog.text.count("too many blocks") == 1
 
 
+def test_full_memory_is_no_verdict(checks: mock.Mock) -> None:
+    checks.side_effect = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(CannotLaunch, match="no memory on cpu to check"):
+        forward()
+    checks.side_effect = None
+    forward()
+    assert checks.call_count == 2
+
+
 def test_a_check_whose_programs_wait_in_vain_fails(checks: mock.Mock) -> None:
     checks.side_effect = BarrierTimeout()
     with pytest.raises(CannotLaunch, match="waited for each other in vain"):
