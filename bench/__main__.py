@@ -14,7 +14,7 @@ if importlib.util.find_spec("rich") is None:
 import torch
 from rich.console import Console
 
-from bench import clip, compare, costs, cpu, gpu, lstm, report, results_file
+from bench import clip, compare, costs, cpu, gpu, lstm, report, results_file, sweep
 from bench.measure import CLOCKS
 from bench.runner import Limits
 from bench.workloads import Shape
@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=0, metavar="N", help=_REPEAT_HELP)
     add("--out", type=Path, metavar="FILE.json", help="where the results go")
     add("--list", action="store_true", help="print the cases' ids and stop")
+
+    sweep_parser = command("sweep", _sweep, "random calls, fastrnn against nn.LSTM on the CPU")
+    add = sweep_parser.add_argument
+    add("--calls", type=int, default=40, metavar="N", help="of each form (default: 40)")
+    add("--budget", type=float, default=0.5, metavar="SECONDS", help="of timing for each call")
+    add("--threads", type=int, default=1, metavar="N", help="torch's (default: 1)")
+    add("--seed", type=int, default=0, help="of the calls that are drawn (default: 0)")
+    add("--out", type=Path, metavar="FILE.json", help="where the results go")
 
     lstm_parser = command("lstm", _lstm, "fastrnn against cuDNN and others on a GPU")
     _add_lstm(lstm_parser)
@@ -174,6 +182,13 @@ def _cpu(arguments: argparse.Namespace) -> int:
         return 0
     path = arguments.out or results_file.default_path("cpu", options.complete)
     return cpu.run(options, path, _console())
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    options = sweep.Options(arguments.calls, arguments.budget, arguments.threads, arguments.seed)
+    standard = options == sweep.Options(threads=options.threads)
+    path = arguments.out or results_file.default_path("sweep", standard)
+    return sweep.run(options, path, _console())
 
 
 def _lstm(arguments: argparse.Namespace) -> int:

@@ -11,14 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.choosing.choose import Choice
 from fastrnn.choosing.request import Request
-from fastrnn.input.forms import Packed, Padded
+from fastrnn.input.forms import Packed
 from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, ragged_layout
 from fastrnn.stack import layers_of, run_stack
 from fastrnn.ways import torch_lstm
 from fastrnn.ways.dense import run_dense
 from fastrnn.ways.padded import run_padded
 from fastrnn.ways.recurrence import outside_autocast
-from fastrnn.ways.torch_lstm import DenseOutput
+from fastrnn.ways.torch_lstm import Stack
 
 Sequences: TypeAlias = Tensor | PackedSequence
 
@@ -39,41 +39,63 @@ class Computed(NamedTuple):
 
 def compute(asked: Request, choice: Choice) -> Computed:
     """Run a call by the way that was chosen for it."""
-    form = asked.form
-    if choice.way == "dense":
-        return _dense(run_dense(*_batch(asked), asked.stack, batch_first=not form.time_major))
+    if not asked.autocast:
+        return _compute(asked, choice)
+    with outside_autocast(asked.form.device):  # the input gets its dtype here
+        return _compute(asked, choice)
+
+
+def _compute(asked: Request, choice: Choice) -> Computed:
+    if choice.way in ("cell", "dense", "torch") and asked.dense:
+        return _dense(asked, choice.way)
     if choice.way == "torch":
-        return _by_torch(asked)
+        return _torch_rows(asked)
     if choice.way == "padded":
         return _padded(asked, choice.layout)
     return _by_rows(asked, choice)
 
 
-def _batch(asked: Request) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
-    return asked.form.data, asked.flat, asked.h_0, asked.c_0
-
-
-def _dense(found: DenseOutput) -> Computed:
-    return Computed(found.h_n, found.c_n, [found.output])
-
-
-def _by_torch(asked: Request) -> Computed:
-    """A dense batch as it stands, or else its rows."""
-    form, train = asked.form, asked.needs_grad
-    if isinstance(form, Padded) and not asked.ragged:
-        x = form.data if form.data.dtype == asked.dtype else form.data.to(asked.dtype)
-        states = asked.flat, asked.h_0, asked.c_0
-        batch_first = not form.time_major
-        return _dense(
-            torch_lstm.run_dense(x, *states, asked.stack, batch_first=batch_first, train=train)
+def _dense(asked: Request, way: str) -> Computed:
+    """All layers in one call; a PackedSequence of equal lengths is a dense batch too."""
+    form, stack, h_0, c_0 = asked.form, asked.stack, asked.h_0, asked.c_0
+    x, batch_first, layout = form.data, not form.time_major, None
+    if isinstance(form, Packed):
+        layout = form.layout()
+        h_0, c_0 = _enter(layout, h_0, stack), _enter(layout, c_0, stack)
+        x, batch_first = x.view(form.steps, form.batch, x.shape[1]), False
+    if x.dtype != asked.dtype:
+        x = x.to(asked.dtype)
+    states = asked.flat, h_0, c_0, stack
+    if way == "cell":
+        output, h_n, c_n = torch_lstm.run_step(x[:, 0] if batch_first else x[0], *states)
+        output = output.unsqueeze(1 if batch_first else 0)
+    elif way == "dense":
+        output, h_n, c_n = run_dense(x, *states, batch_first=batch_first)
+    else:
+        output, h_n, c_n = torch_lstm.run_dense(
+            x, *states, batch_first=batch_first, train=asked.needs_grad
         )
+    if layout is None:
+        return Computed(h_n, c_n, [output])
+    h_n, c_n = _leave(layout, h_n, stack), _leave(layout, c_n, stack)
+    return Computed(h_n, c_n, [form.restore(output.flatten(0, 1), layout)])
+
+
+def _torch_rows(asked: Request) -> Computed:
+    form, stack = asked.form, asked.stack
     layout = _rows_on_host(asked)
     if layout.rows == 0:  # torch knows no batch without a step
         return _by_rows(asked, Choice("loop", "there is no valid step", layout))
-    rows = form.rows(layout).to(asked.dtype)
-    h_0, c_0 = (_enter(layout, state, asked.stack.directions) for state in (asked.h_0, asked.c_0))
-    found = torch_lstm.run_rows(rows, layout, asked.flat, h_0, c_0, asked.stack, train=train)
-    h_n, c_n = (_leave(layout, state, asked.stack.directions) for state in (found.h_n, found.c_n))
+    found = torch_lstm.run_rows(
+        form.rows(layout).to(asked.dtype),
+        layout,
+        asked.flat,
+        _enter(layout, asked.h_0, stack),
+        _enter(layout, asked.c_0, stack),
+        stack,
+        train=asked.needs_grad,
+    )
+    h_n, c_n = _leave(layout, found.h_n, stack), _leave(layout, found.c_n, stack)
     return Computed(h_n, c_n, [form.restore(found.output, layout)])
 
 
@@ -88,36 +110,36 @@ def _rows_on_host(asked: Request) -> PackedLayout:
     return layout
 
 
-def _enter(layout: Layout, states: Tensor | None, directions: int) -> Tensor | None:
+def _enter(layout: Layout, states: Tensor | None, stack: Stack) -> Tensor | None:
     """Initial states of all layers, ``[L * D, B, F]``, to those of the sequences."""
     if states is None or layout.owner is None:
         return states
-    return torch.cat([layout.enter(part) for part in states.split(directions)])
+    if layout.enters is None:
+        return layout.enter(states)
+    return torch.cat([layout.enter(part) for part in states.split(stack.directions)])
 
 
-def _leave(layout: Layout, states: Tensor, directions: int) -> Tensor:
+def _leave(layout: Layout, states: Tensor, stack: Stack) -> Tensor:
     """Final states of all layers, ``[L * D, S, F]``, to those of the batch."""
-    if layout.leaves is None:
-        return states
-    return torch.cat([layout.leave(part) for part in states.split(directions)])
+    if layout.leaves is None or layout.leaves.shape[0] == 1:
+        return layout.leave(states)
+    return torch.cat([layout.leave(part) for part in states.split(stack.directions)])
 
 
 def _padded(asked: Request, layout: Layout | PaddedLayout | None) -> Computed:
     """A padded batch as it stands; ``layout`` is None where nothing is padding."""
     assert layout is None or isinstance(layout, PaddedLayout)
     form, stack = asked.form, asked.stack
-    with outside_autocast(form.device):
-        return _dense(
-            run_padded(
-                form.data,
-                layout,
-                layers_of(asked.flat, asked.dtype, stack),
-                asked.h_0,
-                asked.c_0,
-                batch_first=not form.time_major,
-                dropout=stack.dropout,
-            )
-        )
+    output, h_n, c_n = run_padded(
+        form.data,
+        layout,
+        layers_of(asked.flat, asked.dtype, stack),
+        asked.h_0,
+        asked.c_0,
+        batch_first=not form.time_major,
+        dropout=stack.dropout,
+    )
+    return Computed(h_n, c_n, [output])
 
 
 def _by_rows(asked: Request, choice: Choice) -> Computed:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.choosing.backends import Backend, check_backend
-from fastrnn.choosing.choose import Choice, choose
+from fastrnn.choosing.choose import Choice, choose, is_one_step
+from fastrnn.choosing.environment import forced_backend
 from fastrnn.choosing.request import Request, have_own_class
 from fastrnn.compute import Computed, Sequences, compute
 from fastrnn.input.forms import Form, Jagged, Packed, Padded
 from fastrnn.input.packing import Lengths
-from fastrnn.ways.recurrence import Memory, autocast_dtype
-from fastrnn.ways.torch_lstm import Stack
+from fastrnn.ways.onednn import outside_transforms
+from fastrnn.ways.recurrence import CPU, Memory, autocast_dtype
+from fastrnn.ways.torch_lstm import Stack, run_step
 
 States: TypeAlias = tuple[Tensor, Tensor]
 
@@ -138,8 +140,35 @@ class LSTM(nn.RNNBase):
         """
         if torch._C._get_tracing_state():  # two calls less than torch.jit.is_tracing
             return self._trace(input, hx, lengths, mask, resets, return_cell_states)
+        if hx is not None and lengths is None and mask is None and resets is None:
+            step = None if return_cell_states else self._one_step(input, hx)
+            if step is not None:
+                return step
         asked, unbatched = self._read(input, hx, lengths, mask, resets, return_cell_states)
         return self._as_given(unbatched, compute(asked, choose(asked)))
+
+    def _one_step(self, x: Sequences, hx: States) -> tuple[Tensor, States] | None:
+        """A step with a state, as rollouts and decoders take it; None for any other call.
+
+        Checks and way are those of a Request, which would take 15 us more than the 40 of it all.
+        """
+        dim = 1 if self.batch_first else 0
+        if type(x) is not Tensor or x.dim() != 3 or x.shape[dim] != 1 or x.device != CPU:
+            return None
+        if self.backend != "auto" or self.memory != "save" or forced_backend():
+            return None
+        if not outside_transforms() or autocast_dtype(CPU) is not None:
+            return None
+        flat, stack = self._flat(), self._stack()
+        needs_grad = self._needs_grad(x, *flat, *hx)
+        batch = x.shape[1 - dim]
+        if not is_one_step(x, 1, batch, stack, needs_grad=needs_grad) or have_own_class(flat):
+            return None
+        self.check_input(x, None)
+        self._check_weights(flat, CPU, x.dtype)
+        h_0, c_0 = self._initial_states(x, batch, hx, False)
+        output, h_n, c_n = run_step(x.squeeze(dim), flat, h_0, c_0, stack)
+        return output.unsqueeze(dim), (h_n, c_n)
 
     def _read(
         self,
@@ -162,27 +191,39 @@ class LSTM(nn.RNNBase):
         form = self._form(input)
         x, device = form.data, form.device
         autocast = None if x.dtype == torch.float64 else autocast_dtype(device)
-        flat = self._weights(device, None if autocast else x.dtype)
         dtype = autocast or x.dtype
+        flat = self._flat()
+        own_class = have_own_class(flat)
+        if not own_class:
+            self._check_weights(flat, device, None if autocast else dtype)
         h_0, c_0 = None, None
         if hx is not None:
-            h_0, c_0 = self._initial_states(form, hx, unbatched)
-            h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(weight.requires_grad for weight in flat)
-            or (h_0 is not None and h_0.requires_grad)
-            or (c_0 is not None and c_0.requires_grad)
-        )
-        stack = Stack(
-            self.num_layers,
-            self.bias,
-            self.bidirectional,
-            self.proj_size > 0,
-            self.dropout if self.training else 0.0,
-        )
+            h_0, c_0 = self._initial_states(x, form.batch, hx, unbatched)
+            if autocast:
+                h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
+        needs_grad = self._needs_grad(x, *flat, h_0, c_0)
+        stack = self._stack()
         given = lengths, mask, resets, flat, h_0, c_0, dtype, stack, self.backend, self.memory
-        return Request(form, *given, cell_states, needs_grad), unbatched
+        found = Request(form, *given, cell_states, needs_grad, autocast is not None, own_class)
+        return found, unbatched
+
+    def _flat(self) -> list[Tensor]:
+        """All weights, read anew at every call."""
+        known = self._parameters  # where getattr looks only after it has failed elsewhere
+        try:
+            return [known[name] for name in self._flat_weights_names]  # type: ignore[misc]
+        except KeyError:  # computed, by a parametrization for one
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _stack(self) -> Stack:
+        dropout = self.dropout if self.training else 0.0
+        return Stack(self.num_layers, self.bias, self.bidirectional, self.proj_size > 0, dropout)
+
+    def _needs_grad(self, *tensors: Tensor | None) -> bool:
+        """Whether there may be a backward."""
+        return torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in tensors
+        )
 
     def _as_given(self, unbatched: bool, found: Computed) -> tuple[Any, ...]:
         """What forward returns, unbatched where the input was."""
@@ -215,11 +256,10 @@ class LSTM(nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return form
 
-    def _initial_states(self, form: Form, hx: States, unbatched: bool) -> States:
+    def _initial_states(self, like: Tensor, batch: int, hx: States, unbatched: bool) -> States:
         """``hx`` checked and batched."""
         states = self.num_layers * (2 if self.bidirectional else 1)
         size_h = self.proj_size or self.hidden_size
-        like = form.data
         if not isinstance(hx, Tensor) and len(hx) > 2:
             raise RuntimeError("lstm expects two hidden states")
         h_0, c_0 = hx[0], hx[1]
@@ -236,9 +276,9 @@ class LSTM(nn.RNNBase):
                 f"({h_0.dim()}-D, {c_0.dim()}-D) tensors"
             )
         for index, (state, width) in enumerate(((h_0, size_h), (c_0, self.hidden_size))):
-            expected = (states, form.batch, width)
+            expected = (states, batch, width)
             if torch.compiler.is_compiling():  # a PackedSequence's batch is known at run time
-                torch._check(state.shape[1] == form.batch)
+                torch._check(state.shape[1] == batch)
             self.check_hidden_size(state, expected, f"Expected hidden[{index}] size {{}}, got {{}}")
             if state.device != like.device:
                 self._refuse_device("hidden", like.device, state)
@@ -249,19 +289,17 @@ class LSTM(nn.RNNBase):
                 )
         return h_0, c_0
 
-    def _weights(self, device: torch.device, dtype: torch.dtype | None) -> list[Tensor]:
-        """All weights, read anew at every call, for an input on ``device``.
+    def _check_weights(
+        self, flat: list[Tensor], device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        """Refuse weights that are not what the sizes say.
 
         Whatever computes them reads as much memory as the sizes say, so device and shape of each
         are compared, and its dtype unless that is None.
         """
-        names = self._flat_weights_names
-        flat = [self._weight(name) for name in names]
-        if have_own_class(flat):
-            return flat
         sizes = self.input_size, self.hidden_size, self.proj_size
         shapes = _weight_shapes(*sizes, self.num_layers, self.bidirectional, self.bias)
-        for name, weight, shape in zip(names, flat, shapes, strict=True):
+        for name, weight, shape in zip(self._flat_weights_names, flat, shapes, strict=True):
             if weight.device != device:
                 self._refuse_device("parameter", device, weight)
             if weight.shape != shape:
@@ -273,7 +311,6 @@ class LSTM(nn.RNNBase):
                     f"{name} must have the input's dtype {dtype}, got {weight.dtype}; "
                     f"convert it: model.to({dtype})"
                 )
-        return flat
 
     def _weight(self, name: str) -> Tensor:
         weight = self._parameters.get(name)  # which getattr finds by way of a failure

@@ -1,7 +1,8 @@
 """Which way computes a call, and why: one function for each kind of device.
 
 - ``torch``: torch's own LSTM, all layers in one call; :mod:`fastrnn.ways.torch_lstm`.
-- ``dense``: the same on the CPU, where oneDNN computes it; :mod:`fastrnn.ways.dense`.
+- ``cell``: torch's cell, for one step on the CPU; there too.
+- ``dense``: torch's LSTM on the CPU, where oneDNN computes it; :mod:`fastrnn.ways.dense`.
 - ``padded``: oneDNN over a padded batch as it stands; :mod:`fastrnn.ways.padded`.
 - ``rectangles``: oneDNN over pieces of a ragged batch; :mod:`fastrnn.ways.rectangles`.
 - ``loop``: the step loop in PyTorch; :mod:`fastrnn.ways.step_loop`.
@@ -26,16 +27,17 @@ from fastrnn.choosing import cudnn
 from fastrnn.choosing.arrange import Work, arrange
 from fastrnn.choosing.backends import can_run_triton, check_backend
 from fastrnn.choosing.environment import forced_backend
-from fastrnn.choosing.request import Request, have_own_class
-from fastrnn.input.forms import Padded
+from fastrnn.choosing.request import Request
+from fastrnn.input.forms import Packed
 from fastrnn.input.packing import Layout, PaddedLayout, RectangleLayout
 from fastrnn.ways import onednn, torch_lstm
 from fastrnn.ways.dense import can_run_dense
 from fastrnn.ways.recurrence import CPU
+from fastrnn.ways.torch_lstm import Stack
 from fastrnn.ways.widening import wide_hidden_size
 
 Way: TypeAlias = Literal[
-    "torch", "dense", "padded", "rectangles", "loop", "triton", "composite", "operator"
+    "torch", "cell", "dense", "padded", "rectangles", "loop", "triton", "composite", "operator"
 ]
 WAYS: tuple[Way, ...] = get_args(Way)
 
@@ -45,6 +47,11 @@ WAYS: tuple[Way, ...] = get_args(Way)
 TORCH_STEPS = 5
 # Steps up to which a launch of the kernels is not worth it; not yet measured on a GPU.
 KERNEL_STEPS = 8
+
+# What torch computes on the CPU as exactly as our ways do; 16-bit numbers it rounds at each step.
+TORCH_DTYPES = (torch.float32, torch.float64)
+# Sequences up to which torch's cell is the faster one forward.
+CELL_BATCH = 32
 
 _log = logging.getLogger("fastrnn")
 
@@ -64,6 +71,14 @@ class Choice(NamedTuple):
     why: str
     layout: Layout | PaddedLayout | None = None
     backend: Literal["auto", "reference", "triton", "triton-or-reference"] = "auto"
+
+
+ONE_STEP = Choice("cell", "one step of a few sequences is fastest by torch's cell")
+DENSE = Choice("dense", "every sequence has all steps, and oneDNN computes them")
+SHORT = Choice(
+    "torch", f"torch's loop in C++ is the fastest forward, and backward up to {TORCH_STEPS} steps"
+)
+LOOP = Choice("loop", "backward through many steps this loop is faster than torch's")
 
 
 def choose(asked: Request) -> Choice:
@@ -87,6 +102,24 @@ def choose(asked: Request) -> Choice:
     choice = _on_gpu(asked) if asked.form.device.type == "cuda" else _elsewhere(asked)
     _log_once(f"backend='auto' on {asked.form.device.type}: {choice.way}, for {choice.why}")
     return choice
+
+
+def is_one_step(x: Tensor, steps: int, batch: int, stack: Stack, *, needs_grad: bool) -> bool:
+    """Whether torch's cell computes a dense batch on the CPU, and nothing is faster.
+
+    Args:
+        x: the input, in the dtype of the results.
+        steps: T.
+        batch: B.
+        stack: the layers.
+        needs_grad: whether there may be a backward.
+    """
+    return (
+        steps == 1
+        and x.dtype in TORCH_DTYPES
+        and not stack.projection
+        and (needs_grad or batch <= CELL_BATCH)
+    )
 
 
 def _asked_for(asked: Request) -> Choice:
@@ -118,29 +151,32 @@ def _asked_for(asked: Request) -> Choice:
 
 
 def _on_cpu(asked: Request) -> Choice:
-    form = asked.form
     if reason := _torch_alone(asked):
         return Choice("operator" if asked.ragged else "torch", reason)
+    form, dtype, stack = asked.form, asked.dtype, asked.stack
+    torch_can = dtype in TORCH_DTYPES and _no_torch(asked) is None
+    short = torch_can and (form.steps <= TORCH_STEPS or not asked.needs_grad)
+    dense = asked.dense
+    one = is_one_step(form.data, form.steps, form.batch, stack, needs_grad=asked.needs_grad)
+    if dense and torch_can and one:
+        return ONE_STEP
     if onednn.can_compute(
         form.device,
-        asked.dtype,
+        dtype,
         backend="auto",
         memory=asked.memory,
         cell_states=asked.cell_states,
-        projection=asked.stack.projection,
+        projection=stack.projection,
     ):
-        plain = isinstance(form, Padded) and not asked.ragged
-        if plain and can_run_dense(form.data, asked.dtype, asked.flat):
-            return Choice("dense", "every sequence has all steps, and oneDNN computes them")
-        return _arranged(asked)
-    reason = _no_torch(asked)
-    if reason is None and asked.dtype in (torch.float32, torch.float64):
-        if not asked.needs_grad:
-            return Choice("torch", "oneDNN cannot, and its loop in C++ is the faster one forward")
-        if form.steps <= TORCH_STEPS:
-            return Choice("torch", f"oneDNN cannot, and there are at most {TORCH_STEPS} steps")
-        reason = "oneDNN cannot, and backward this loop is faster than torch's"
-    return Choice("loop", reason or "oneDNN cannot, and this loop rounds 16-bit numbers once")
+        if dense and can_run_dense(form.data, dtype, asked.flat):
+            return DENSE
+        if short and form.steps <= TORCH_STEPS and isinstance(form, Packed) and not asked.ragged:
+            return SHORT  # without asking what else could be
+        choice = _arranged(asked)
+        return SHORT if short and choice.way == "loop" else choice
+    if short:
+        return SHORT
+    return LOOP
 
 
 def _arranged(asked: Request) -> Choice:
@@ -191,7 +227,7 @@ def _traced(asked: Request) -> Choice:
 
 def _torch_alone(asked: Request) -> str | None:
     """Why the tensors are such that only torch's operators know what to do with them."""
-    if have_own_class(asked.flat):
+    if asked.own_class:
         return "the weights are of a class of their own"
     kind = type(asked.form.data)
     if kind is Tensor or kind is nn.Parameter:
@@ -222,7 +258,7 @@ def _torch_is_faster(asked: Request) -> str | None:
         return f"there are at most {KERNEL_STEPS} steps"
     if asked.dtype == torch.float32 and _streams(asked):
         return "float32 weights of this size do not stay on chip"
-    if asked.ragged or not isinstance(form, Padded):
+    if not asked.dense:
         return None
     layers = cudnn.Layers(
         form.batch,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastrnn.input.forms import Form, Jagged
+from fastrnn.input.forms import Form, Jagged, Padded
 from fastrnn.input.packing import Lengths
 from fastrnn.ways.recurrence import Memory
 from fastrnn.ways.torch_lstm import Stack
@@ -30,6 +30,8 @@ class Request(NamedTuple):
         memory: likewise.
         cell_states: whether the cell states are an output.
         needs_grad: whether there may be a backward.
+        autocast: whether ``dtype`` is autocast's.
+        own_class: whether a weight is of a class that says itself what operators do.
     """
 
     form: Form
@@ -45,6 +47,8 @@ class Request(NamedTuple):
     memory: Memory = "save"
     cell_states: bool = False
     needs_grad: bool = False
+    autocast: bool = False
+    own_class: bool = False
 
     @property
     def input_size(self) -> int:
@@ -55,6 +59,14 @@ class Request(NamedTuple):
     def hidden_size(self) -> int:
         """H."""
         return self.flat[0].shape[0] // 4
+
+    @property
+    def dense(self) -> bool:
+        """Whether every sequence has all steps, as the input comes."""
+        form = self.form
+        if isinstance(form, Jagged) or self.ragged:
+            return False
+        return isinstance(form, Padded) or form.entries == form.steps * form.batch
 
     @property
     def ragged(self) -> bool:

@@ -9,6 +9,8 @@ Gradients are wanted in evaluation mode too, where cuDNN refuses unless its trai
 the flag follows the gradients and dropout the module. Off the CPU torch's backward has no
 derivative; a double backward goes through the differentiable operations of the cell there.
 
+Autocast is off where these run: inputs have their dtype already.
+
 Limits: no cell-state sequence, and torch decides what is kept for backward. The rows' sizes must be
 on the host. Double backward off the CPU knows no dropout between layers.
 """
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastrnn.input.packing import PackedLayout
 from fastrnn.ways.recurrence import (
@@ -99,12 +102,16 @@ def run_dense(
         batch_first: see ``x``. Default: False.
         train: whether gradients are wanted. Default: False.
     """
+    h_0, c_0 = _states(h_0, c_0, x, x.shape[0 if batch_first else 1], flat, stack)
+    flat = _weights(flat, x.dtype, stack)
+    settings = stack.bias, stack.num_layers, stack.dropout, train or stack.dropout > 0
+    if _torch_differentiates(x, train):
+        found = torch.lstm(x, (h_0, c_0), flat, *settings, stack.bidirectional, batch_first)
+        return DenseOutput(*found)
 
     def run(x: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]) -> Sequence[Tensor]:
-        return torch.lstm(
-            *(x, (h_0, c_0), list(flat), stack.bias, stack.num_layers, stack.dropout),
-            *(train or stack.dropout > 0, stack.bidirectional, batch_first),
-        )
+        states, bidirectional = (h_0, c_0), stack.bidirectional
+        return torch.lstm(x, states, list(flat), *settings, bidirectional, batch_first)
 
     def composite(x: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]) -> Sequence[Tensor]:
         x = x.transpose(0, 1) if batch_first else x
@@ -113,8 +120,7 @@ def run_dense(
         output = rows.unflatten(0, (steps, batch))
         return output.transpose(0, 1) if batch_first else output, h_n, c_n
 
-    h_0, c_0 = _states(h_0, c_0, x, x.shape[0 if batch_first else 1], flat, stack)
-    return _run(run, composite, x, h_0, c_0, flat, stack, train)
+    return _differentiable(run, composite, (x, h_0, c_0, *flat), stack)
 
 
 def run_rows(
@@ -140,25 +146,67 @@ def run_rows(
     """
     sizes = layout.batch_sizes
     active = int(sizes[0])  # those without a step follow them
+    h_0, c_0 = _states(h_0, c_0, rows, layout.sequences, flat, stack)
+    flat = _weights(flat, rows.dtype, stack)
+    settings = stack.bias, stack.num_layers, stack.dropout, train or stack.dropout > 0
 
     def run(rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]) -> Sequence[Tensor]:
-        states = h_0[:, :active].contiguous(), c_0[:, :active].contiguous()
-        output, *final = torch.lstm(
-            *(rows, sizes, states, list(flat), stack.bias, stack.num_layers, stack.dropout),
-            *(train or stack.dropout > 0, stack.bidirectional),
-        )
-        if active < h_0.shape[1]:
-            pairs = zip(final, (h_0, c_0), strict=True)
-            final = [torch.cat([last, first[:, active:]], 1) for last, first in pairs]
-        return output, *final
+        states, bidirectional = (h_0, c_0), stack.bidirectional
+        if active == h_0.shape[1]:
+            return torch.lstm(rows, sizes, states, list(flat), *settings, bidirectional)
+        begin = h_0[:, :active].contiguous(), c_0[:, :active].contiguous()
+        output, *final = torch.lstm(rows, sizes, begin, list(flat), *settings, bidirectional)
+        pairs = zip(final, states, strict=True)
+        return output, *(torch.cat([last, first[:, active:]], 1) for last, first in pairs)
+
+    if _torch_differentiates(rows, train):
+        return DenseOutput(*run(rows, h_0, c_0, flat))
 
     def composite(
         rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         return _composite(stack, host_sizes(sizes), rows, h_0, c_0, flat)
 
-    h_0, c_0 = _states(h_0, c_0, rows, layout.sequences, flat, stack)
-    return _run(run, composite, rows, h_0, c_0, flat, stack, train)
+    return _differentiable(run, composite, (rows, h_0, c_0, *flat), stack)
+
+
+def run_step(
+    rows: Tensor, flat: Sequence[Tensor], h_0: Tensor | None, c_0: Tensor | None, stack: Stack
+) -> DenseOutput:
+    """All layers for one step, on the CPU, by torch's cell: no operator for sequences is as fast.
+
+    Args:
+        rows: ``[B, I]``.
+        flat: the weights of all layers and directions, without projections, in the same dtype.
+        h_0: ``[L * D, B, H]``. None: zeros.
+        c_0: ``[L * D, B, H]``. None: zeros.
+        stack: the layers.
+    """
+    h_0, c_0 = _states(h_0, c_0, rows, rows.shape[0], flat, stack)
+    if len(flat) == 4 and stack.bias:  # the same with fewer calls
+        h, c = torch.lstm_cell(rows, (h_0[0], c_0[0]), *flat)
+        # Backward needs c as it is.
+        return DenseOutput(h, h.unsqueeze(0).clone(), (c.clone() if c.requires_grad else c)[None])
+    each, directions = 4 if stack.bias else 2, stack.directions
+    h_n, c_n = [], []
+    for index, (h, c) in enumerate(zip(h_0.unbind(0), c_0.unbind(0), strict=True)):
+        if directions == 1 or index % 2 == 0:
+            x = rows
+            if index and stack.dropout:
+                x = functional.dropout(x, stack.dropout, training=True)
+        h, c = torch.lstm_cell(x, (h, c), *flat[index * each : (index + 1) * each])
+        h_n.append(h)
+        c_n.append(c)
+        if directions == 1:
+            rows = h
+        elif index % 2:
+            rows = torch.cat(h_n[-2:], 1)
+    return DenseOutput(rows, torch.stack(h_n), torch.stack(c_n))
+
+
+def _torch_differentiates(x: Tensor, train: bool) -> bool:
+    """Whether torch's graph is enough: on the CPU its backward has a derivative too."""
+    return x.device == CPU or not train or torch._C._get_tracing_state() is not None
 
 
 def _states(
@@ -219,25 +267,12 @@ def _wants_one_chunk(weight: Tensor) -> bool:
 _Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor]], Sequence[Tensor]]
 
 
-def _run(
-    run: _Run,
-    composite: _Run,
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    flat: Sequence[Tensor],
-    stack: Stack,
-    train: bool,
+def _differentiable(
+    run: _Run, composite: _Run, inputs: Sequence[Tensor], stack: Stack
 ) -> DenseOutput:
-    with outside_autocast(x.device):
-        flat = _weights(flat, x.dtype, stack)
-        if not train or x.device == CPU or torch._C._get_tracing_state():
-            # On the CPU torch differentiates its backward too.
-            output, h_n, c_n = run(x, h_0, c_0, flat)
-            return DenseOutput(output, h_n, c_n)
-        again = None if stack.dropout else composite
-        output, h_n, c_n = _Differentiable.apply(run, again, x, h_0, c_0, *flat)
-        return DenseOutput(output, h_n, c_n)
+    again = None if stack.dropout else composite
+    output, h_n, c_n = _Differentiable.apply(run, again, *inputs)
+    return DenseOutput(output, h_n, c_n)
 
 
 def _composite(

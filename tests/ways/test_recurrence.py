@@ -16,7 +16,7 @@ from fastrnn import compute, layer
 from fastrnn.cells import lstm as lstm_cell
 from fastrnn.choosing import costs
 from fastrnn.choosing.arrange import Work
-from fastrnn.ways import rectangles
+from fastrnn.ways import rectangles, torch_lstm
 from tests.oracle import (
     PATHS,
     answer,
@@ -55,7 +55,7 @@ def problem(lstm):
 @pytest.fixture
 def calls():
     """How often each path's forward runs."""
-    seen = {"loop": 0, "rectangles": 0, "padded": 0}
+    seen = {"loop": 0, "rectangles": 0, "padded": 0, "torch": 0}
 
     def counted(name, function):
         def run(*args, **kwargs):
@@ -68,11 +68,13 @@ def calls():
     rects = counted("rectangles", rectangles._run_direction)
     padded = counted("padded", compute.run_padded)
     rows = counted("padded", layer.run_dense_rows)
+    torchs = counted("torch", torch_lstm.run_rows)
     with (
         mock.patch.object(lstm_cell, "lstm_forward", loop),
         mock.patch.object(rectangles, "_run_direction", rects),
         mock.patch.object(compute, "run_padded", padded),
         mock.patch.object(layer, "run_dense_rows", rows),
+        mock.patch.object(torch_lstm, "run_rows", torchs),
     ):
         yield seen
 
@@ -94,7 +96,9 @@ def test_the_cheapest_path_runs(calls, loop_seconds, padding, path, train, monke
     monkeypatch.setattr(Work, "pad", lambda *_: padding)
     with torch.set_grad_enabled(train):
         make()(torch.randn(T, B, I), lengths=LENGTHS)
-    assert calls == {"loop": 0, "rectangles": 0, "padded": 0, path: 1}
+    if path == "loop" and not train:  # whose loop in C++ is the faster one forward
+        path = "torch"
+    assert {name: count for name, count in calls.items() if count} == {path: 1}
 
 
 def test_the_rule_asks_for_the_cost_of_training_where_there_will_be_a_backward(monkeypatch):
@@ -130,7 +134,7 @@ def test_what_onednn_cannot_do_the_step_loop_does(config, options, calls, monkey
     loop_takes(math.inf, monkeypatch)
     lstm = make(**config)
     lstm(torch.randn(T, B, I, dtype=lstm.weight_ih_l0.dtype), **options)
-    assert calls == {"loop": 1, "rectangles": 0, "padded": 0}
+    assert {name: count for name, count in calls.items() if count} == {"loop": 1}
 
 
 def test_without_onednn_the_step_loop_runs_and_computes_the_same(calls, monkeypatch):
@@ -178,7 +182,7 @@ def test_recomputed_gates_give_the_answer(config, calls):
     x, hx = problem(lstm)
     found = everything(ragged_call, lstm, x, hx)
     runs = lstm.num_layers * (1 + lstm.bidirectional)
-    assert calls == {"loop": runs, "rectangles": 0, "padded": 0}
+    assert {name: count for name, count in calls.items() if count} == {"loop": runs}
     assert_agree(found, answer(lstm, x, hx, valid=valid_steps(LENGTHS, T)))
 
 
