@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.choosing.backends import can_run_triton
+from fastrnn.choosing.environment import SWITCHES, forced_backend, switch
 from fastrnn.lstm import LSTM
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns:
-        The exit status: 0 where all that can run here has passed, 1 where something has not.
+        The exit status: 0 where all that can run here has passed, 1 where something has not, 2
+        where a switch in the environment has a value that it cannot have.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fastrnn check",
@@ -75,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"of the kernels that are checked; default: {', '.join(map(str, HIDDEN_SIZES))}",
     )
     given = parser.parse_args(argv)
+    try:
+        for name in SWITCHES:
+            switch(name)
+    except ValueError as error:
+        print(f"fastrnn: {error}", file=sys.stderr)
+        return 2
     counts = {True: 0, False: 0}
     for result in _all_results(given.hidden_size or HIDDEN_SIZES):
         if isinstance(result, str):
@@ -115,7 +124,7 @@ def check_ways() -> Iterator[Result]:
     exact = _packed(oracle, x)
     for dtype in WAY_DTYPES:
         low = _packed(_like(oracle, nn.LSTM, dtype), x.to(dtype))
-        for backend in WAYS:
+        for backend in [forced] if (forced := forced_backend()) else WAYS:
             lstm = _like(oracle, LSTM, dtype, backend=backend)
             name = f"{backend:9} {str(dtype).removeprefix('torch.')}"
             yield Result(name, _difference(_ragged(lstm, x.to(dtype)), exact, low))

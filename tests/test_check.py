@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -9,10 +10,18 @@ import torch
 
 from fastrnn import check as check_module
 from fastrnn.check import KERNEL_DTYPES, WAY_DTYPES, WAYS, Result, check_ways, kinds
+from fastrnn.choosing.environment import switch
 from fastrnn.recipes.command_line import main
 from fastrnn.ways import step_loop
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def read_anew() -> Iterator[None]:
+    switch.cache_clear()
+    yield
+    switch.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks kernels where it can")
@@ -41,6 +50,21 @@ def test_a_wrong_way_is_found_and_named(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "reference float64: FAILED, output is off by" in out
     assert out.endswith(f"{9 - len(failed)} passed, {len(failed)} failed\n")
+
+
+def test_a_forced_backend_is_the_only_one_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRNN_BACKEND", "torch")
+    names = [result.name for result in check_ways()]
+    assert [name.split()[0] for name in names] == ["torch"] * len(WAY_DTYPES)
+
+
+def test_a_switch_with_a_wrong_value_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRNN_CHECK", "sometimes")
+    assert main(["check"]) == 2
+    err = capsys.readouterr().err
+    assert err == "fastrnn: FASTRNN_CHECK must be one of 0, first, always, got 'sometimes'\n"
 
 
 def test_every_kind_of_kernel_is_among_those_that_are_checked() -> None:
