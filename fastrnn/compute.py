@@ -7,18 +7,18 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.choosing.choose import Choice
 from fastrnn.choosing.request import Request
-from fastrnn.input.forms import Packed
-from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, ragged_layout
+from fastrnn.input.forms import Packed, Padded
+from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, check_lengths, ragged_layout
 from fastrnn.stack import layers_of, run_stack
 from fastrnn.ways import torch_lstm
 from fastrnn.ways.dense import run_dense
 from fastrnn.ways.padded import run_padded
 from fastrnn.ways.recurrence import outside_autocast
-from fastrnn.ways.torch_lstm import Stack
+from fastrnn.ways.torch_lstm import DenseOutput, Stack
 
 Sequences: TypeAlias = Tensor | PackedSequence
 
@@ -55,6 +55,26 @@ def _compute(asked: Request, choice: Choice) -> Computed:
     return _by_rows(asked, choice)
 
 
+def run_dense_by(
+    way: str,
+    x: Tensor,
+    flat: list[Tensor],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    stack: Stack,
+    batch_first: bool,
+    train: bool,
+) -> DenseOutput:
+    """All layers over a dense batch, by an operator of torch's: "cell", "dense" or "torch"."""
+    if way == "dense":
+        return run_dense(x, flat, h_0, c_0, stack, batch_first=batch_first)
+    if way == "torch":
+        return torch_lstm.run_dense(x, flat, h_0, c_0, stack, batch_first=batch_first, train=train)
+    dim = 1 if batch_first else 0
+    found = torch_lstm.run_step(x.squeeze(dim), flat, h_0, c_0, stack)
+    return found._replace(output=found.output.unsqueeze(dim))
+
+
 def _dense(asked: Request, way: str) -> Computed:
     """All layers in one call; a PackedSequence of equal lengths is a dense batch too."""
     form, stack, h_0, c_0 = asked.form, asked.stack, asked.h_0, asked.c_0
@@ -65,16 +85,9 @@ def _dense(asked: Request, way: str) -> Computed:
         x, batch_first = x.view(form.steps, form.batch, x.shape[1]), False
     if x.dtype != asked.dtype:
         x = x.to(asked.dtype)
-    states = asked.flat, h_0, c_0, stack
-    if way == "cell":
-        output, h_n, c_n = torch_lstm.run_step(x[:, 0] if batch_first else x[0], *states)
-        output = output.unsqueeze(1 if batch_first else 0)
-    elif way == "dense":
-        output, h_n, c_n = run_dense(x, *states, batch_first=batch_first)
-    else:
-        output, h_n, c_n = torch_lstm.run_dense(
-            x, *states, batch_first=batch_first, train=asked.needs_grad
-        )
+    output, h_n, c_n = run_dense_by(
+        way, x, asked.flat, h_0, c_0, stack, batch_first, asked.needs_grad
+    )
     if layout is None:
         return Computed(h_n, c_n, [output])
     h_n, c_n = _leave(layout, h_n, stack), _leave(layout, c_n, stack)
@@ -83,6 +96,8 @@ def _dense(asked: Request, way: str) -> Computed:
 
 def _torch_rows(asked: Request) -> Computed:
     form, stack = asked.form, asked.stack
+    if (lengths := _for_packing(asked)) is not None:
+        return _packed_by_torch(asked, lengths)
     layout = _rows_on_host(asked)
     if layout.rows == 0:  # torch knows no batch without a step
         return _by_rows(asked, Choice("loop", "there is no valid step", layout))
@@ -97,6 +112,29 @@ def _torch_rows(asked: Request) -> Computed:
     )
     h_n, c_n = _leave(layout, found.h_n, stack), _leave(layout, found.c_n, stack)
     return Computed(h_n, c_n, [form.restore(found.output, layout)])
+
+
+def _for_packing(asked: Request) -> Tensor | None:
+    """The lengths on the host, where they are all that is ragged and none is zero."""
+    if asked.lengths is None or asked.mask is not None or asked.resets is not None:
+        return None
+    if not isinstance(asked.form, Padded):
+        return None
+    lengths = check_lengths(asked.lengths, asked.form.batch, asked.form.steps, exact=True).cpu()
+    return lengths if lengths.numel() and int(lengths.min()) > 0 else None
+
+
+def _packed_by_torch(asked: Request, lengths: Tensor) -> Computed:
+    """By torch's own packing, in C++, which knows lengths alone."""
+    form, batch_first = asked.form, not asked.form.time_major
+    x = form.data.to(asked.dtype)
+    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    inner = Packed(packed, batch_first)
+    found = _torch_rows(asked._replace(form=inner, lengths=None))
+    (output,) = found.sequences
+    assert isinstance(output, PackedSequence)
+    padded, _ = pad_packed_sequence(output, batch_first, total_length=form.steps)
+    return found._replace(sequences=[padded])
 
 
 def _rows_on_host(asked: Request) -> PackedLayout:

@@ -48,7 +48,8 @@ TORCH_STEPS = 5
 # Steps up to which a launch of the kernels is not worth it; not yet measured on a GPU.
 KERNEL_STEPS = 8
 
-# What torch computes on the CPU as exactly as our ways do; 16-bit numbers it rounds at each step.
+# What torch computes on the CPU as exactly as our ways do; 16-bit numbers it rounds at each step,
+# and is taken for them only in few steps, with projections, where oneDNN cannot either.
 TORCH_DTYPES = (torch.float32, torch.float64)
 # Sequences up to which torch's cell is the faster one forward.
 CELL_BATCH = 32
@@ -104,22 +105,32 @@ def choose(asked: Request) -> Choice:
     return choice
 
 
-def is_one_step(x: Tensor, steps: int, batch: int, stack: Stack, *, needs_grad: bool) -> bool:
-    """Whether torch's cell computes a dense batch on the CPU, and nothing is faster.
+def dense_on_cpu(
+    x: Tensor,
+    flat: list[Tensor],
+    stack: Stack,
+    shape: tuple[int, int],
+    train: bool,
+    dtype: torch.dtype,
+) -> Choice | None:
+    """The way for a dense batch on the CPU, without cell states; None where torch is no match.
 
     Args:
-        x: the input, in the dtype of the results.
-        steps: T.
-        batch: B.
+        x: the input.
+        flat: the weights of all layers and directions.
         stack: the layers.
-        needs_grad: whether there may be a backward.
+        shape: T and B.
+        train: whether there may be a backward.
+        dtype: of the results.
     """
-    return (
-        steps == 1
-        and x.dtype in TORCH_DTYPES
-        and not stack.projection
-        and (needs_grad or batch <= CELL_BATCH)
-    )
+    (steps, batch), exact = shape, dtype in TORCH_DTYPES
+    if steps == 1 and exact and not stack.projection and (train or batch <= CELL_BATCH):
+        return ONE_STEP
+    if not stack.projection and onednn.available(CPU, dtype) and can_run_dense(x, dtype, flat):
+        return DENSE
+    if steps <= TORCH_STEPS:
+        return SHORT if exact or stack.projection else None
+    return SHORT if exact and not train else None
 
 
 def _asked_for(asked: Request) -> Choice:
@@ -153,14 +164,17 @@ def _asked_for(asked: Request) -> Choice:
 def _on_cpu(asked: Request) -> Choice:
     if reason := _torch_alone(asked):
         return Choice("operator" if asked.ragged else "torch", reason)
-    form, dtype, stack = asked.form, asked.dtype, asked.stack
-    torch_can = dtype in TORCH_DTYPES and _no_torch(asked) is None
-    short = torch_can and (form.steps <= TORCH_STEPS or not asked.needs_grad)
-    dense = asked.dense
-    one = is_one_step(form.data, form.steps, form.batch, stack, needs_grad=asked.needs_grad)
-    if dense and torch_can and one:
-        return ONE_STEP
-    if onednn.can_compute(
+    form, dtype, stack, train = asked.form, asked.dtype, asked.stack, asked.needs_grad
+    short = False
+    if _no_torch(asked) is None:
+        if asked.dense:
+            shape = form.steps, form.batch
+            found = dense_on_cpu(form.data, asked.flat, stack, shape, train, dtype)
+            if found is not None:
+                return found
+        few = form.steps <= TORCH_STEPS
+        short = (few or not train) if dtype in TORCH_DTYPES else few and stack.projection
+    if not onednn.can_compute(
         form.device,
         dtype,
         backend="auto",
@@ -168,15 +182,11 @@ def _on_cpu(asked: Request) -> Choice:
         cell_states=asked.cell_states,
         projection=stack.projection,
     ):
-        if dense and can_run_dense(form.data, dtype, asked.flat):
-            return DENSE
-        if short and form.steps <= TORCH_STEPS and isinstance(form, Packed) and not asked.ragged:
-            return SHORT  # without asking what else could be
-        choice = _arranged(asked)
-        return SHORT if short and choice.way == "loop" else choice
-    if short:
-        return SHORT
-    return LOOP
+        return SHORT if short else LOOP
+    if short and form.steps <= TORCH_STEPS and isinstance(form, Packed) and not asked.ragged:
+        return SHORT  # without asking what else could be
+    choice = _arranged(asked)
+    return SHORT if short and choice.way == "loop" else choice
 
 
 def _arranged(asked: Request) -> Choice:
