@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.choosing.choose import Choice
 from fastrnn.choosing.request import Request
-from fastrnn.input.forms import Packed
+from fastrnn.input.forms import Packed, callers_own
 from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, ragged_layout
 from fastrnn.stack import layers_of, run_stack
 from fastrnn.ways import torch_lstm
@@ -76,7 +76,7 @@ def _dense(asked: Request, way: str) -> Computed:
             x, *states, batch_first=batch_first, train=asked.needs_grad
         )
     if layout is None:
-        return Computed(h_n, c_n, [output])
+        return Computed(h_n, c_n, [callers_own(output) if way == "dense" else output])
     h_n, c_n = _leave(layout, h_n, stack), _leave(layout, c_n, stack)
     return Computed(h_n, c_n, [form.restore(output.flatten(0, 1), layout)])
 
