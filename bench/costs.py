@@ -23,12 +23,12 @@ from torch import Tensor
 from bench.providers import Provider
 from bench.workloads import Batch, Batches, Case, Shape
 from fastrnn.choosing import choose, costs
+from fastrnn.input.arguments import check_lengths
 from fastrnn.input.packing import (
     Layout,
     PackedLayout,
     PaddedLayout,
     RectangleLayout,
-    check_lengths,
     padded_layout,
     ragged_layout,
 )

@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from fastrnn.choosing.choose import Choice
 from fastrnn.choosing.request import Request
-from fastrnn.input.forms import Packed, Padded
-from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, check_lengths, ragged_layout
+from fastrnn.input.arguments import check_lengths
+from fastrnn.input.forms import Packed, Padded, callers_own
+from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, ragged_layout
 from fastrnn.stack import layers_of, run_stack
 from fastrnn.ways import torch_lstm
 from fastrnn.ways.dense import run_dense
@@ -67,7 +68,8 @@ def run_dense_by(
 ) -> DenseOutput:
     """All layers over a dense batch, by an operator of torch's: "cell", "dense" or "torch"."""
     if way == "dense":
-        return run_dense(x, flat, h_0, c_0, stack, batch_first=batch_first)
+        found = run_dense(x, flat, h_0, c_0, stack, batch_first=batch_first)
+        return found._replace(output=callers_own(found.output))
     if way == "torch":
         return torch_lstm.run_dense(x, flat, h_0, c_0, stack, batch_first=batch_first, train=train)
     dim = 1 if batch_first else 0

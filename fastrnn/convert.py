@@ -46,6 +46,14 @@ def convert(model: nn.Module) -> int:
     overwritten on the object (by a wrapper that moves weights about, for instance), because
     fastrnn's would not be called.
 
+    A converted module is no nn.LSTM any more, so what looks for that class passes it by:
+    ``isinstance(m, nn.LSTM)`` is False (``isinstance(m, nn.RNNBase)`` holds, and so does
+    ``m.mode == "LSTM"``), and ``torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})`` leaves
+    it in float32 without a word. Take fastrnn out first; the parameters stay the same::
+
+        fastrnn.revert(model)
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+
     Args:
         model: the model, which is searched with ``model.modules()``.
 

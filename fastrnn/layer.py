@@ -92,7 +92,7 @@ def lstm_layer(
             output = run(path, rows, h_0, c_0, flat, needs_grad=needs_grad)
         return narrow(output, hidden_size)
 
-    sizes = host_sizes(layout.batch_sizes)
+    sizes = layout.sizes or host_sizes(layout.batch_sizes)
     call = Call(sizes, len(weights), bias, projection, cell_states, memory)
     valid = rows.shape[0] if layout.exact else sum(sizes)
     rows = rows[:valid]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NoReturn, TypeAlias, get_args
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from fastrnn.choosing.choose import Choice, choose, dense_on_cpu
 from fastrnn.choosing.environment import forced_backend
 from fastrnn.choosing.request import Request, have_own_class
 from fastrnn.compute import Computed, Sequences, compute, run_dense_by
+from fastrnn.input.arguments import Lengths, batched_flags, batched_length
 from fastrnn.input.forms import Form, Jagged, Packed, Padded
-from fastrnn.input.packing import Lengths
 from fastrnn.ways.onednn import outside_transforms
-from fastrnn.ways.recurrence import CPU, Memory, autocast_dtype
+from fastrnn.ways.recurrence import CPU, Memory, autocast_dtype, check_memory
 from fastrnn.ways.torch_lstm import Stack
 
 States: TypeAlias = tuple[Tensor, Tensor]
@@ -80,8 +80,7 @@ class LSTM(nn.RNNBase):
         memory: Memory = "save",
     ) -> None:
         check_backend(backend)
-        if memory not in get_args(Memory):
-            raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {memory!r}")
+        check_memory(memory)
         # Nowhere super() without arguments: it breaks where a method is copied to another class.
         nn.RNNBase.__init__(
             self,
@@ -155,7 +154,7 @@ class LSTM(nn.RNNBase):
         """
         if type(x) is not Tensor or x.device != CPU or x.is_nested or x.dim() != 3:
             return None
-        if hx is not None and type(hx) is not tuple:
+        if hx is not None and (type(hx) is not tuple or not all(isinstance(s, Tensor) for s in hx)):
             return None
         if self.backend != "auto" or self.memory != "save" or forced_backend():
             return None
@@ -187,13 +186,13 @@ class LSTM(nn.RNNBase):
         """What a call asks for, checked; and whether it is one unbatched sequence."""
         unbatched = isinstance(input, Tensor) and not input.is_nested and input.dim() == 2
         if isinstance(input, Tensor) and unbatched:
-            dim = 0 if self.batch_first else 1
+            dim, steps = 0 if self.batch_first else 1, input.shape[0]
             input = input.unsqueeze(dim)
-            mask = mask.unsqueeze(dim) if isinstance(mask, Tensor) else mask
-            resets = resets.unsqueeze(dim) if isinstance(resets, Tensor) else resets
-        if isinstance(lengths, int):  # of an unbatched sequence
-            lengths = [lengths]
+            lengths = batched_length(lengths)
+            mask = batched_flags("mask", mask, steps, dim)
+            resets = batched_flags("resets", resets, steps, dim)
         form = self._form(input)
+        check_memory(self.memory)
         x, device = form.data, form.device
         autocast = None if x.dtype == torch.float64 else autocast_dtype(device)
         dtype = autocast or x.dtype
@@ -244,6 +243,12 @@ class LSTM(nn.RNNBase):
         if isinstance(input, PackedSequence):
             self.check_input(input.data, input.batch_sizes)
             return Packed(input, self.batch_first)
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"input must be a tensor or a PackedSequence, got {type(input).__name__}; make a "
+                "tensor of numbers with torch.as_tensor, of ragged sequences with "
+                "torch.nn.utils.rnn.pad_sequence, and give an LSTM's result on as lstm(x)[0]"
+            )
         if input.is_nested:
             if input.layout != torch.jagged or input.dim() != 3:
                 raise ValueError(
@@ -265,9 +270,19 @@ class LSTM(nn.RNNBase):
         """``hx`` checked and batched."""
         states = self.num_layers * (2 if self.bidirectional else 1)
         size_h = self.proj_size or self.hidden_size
-        if not isinstance(hx, Tensor) and len(hx) > 2:
+        if not isinstance(hx, (tuple, list)):
+            raise TypeError(
+                f"hx must be a pair of tensors (h_0, c_0), got {type(hx).__name__}; an LSTM has "
+                "two states where a GRU has one"
+            )
+        if len(hx) > 2:
             raise RuntimeError("lstm expects two hidden states")
         h_0, c_0 = hx[0], hx[1]
+        if not (isinstance(h_0, Tensor) and isinstance(c_0, Tensor)):
+            raise TypeError(
+                "hx must be a pair of tensors (h_0, c_0), got "
+                f"({type(h_0).__name__}, {type(c_0).__name__}); leave hx out for zeros"
+            )
         if unbatched:
             if h_0.dim() != 2 or c_0.dim() != 2:
                 raise RuntimeError(

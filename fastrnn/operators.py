@@ -84,7 +84,7 @@ def infer(
     ):
         return None
     dtype = onednn.compute_dtype(rows.dtype)
-    work = Work(rows.shape[1], c_0.shape[2], train=False, dtype=dtype)
+    work = Work(rows.shape[1], c_0.shape[2], train=False, dtype=dtype, weights=flat)
     layout = cut_rows(call.sizes, h_0.shape[1], work.cut)
     if layout is None:
         return None

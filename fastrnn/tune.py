@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.choosing.backends import can_run_triton
-from fastrnn.input.packing import Lengths, PackedLayout, ragged_layout
+from fastrnn.input.arguments import Lengths
+from fastrnn.input.packing import PackedLayout, ragged_layout
 from fastrnn.lstm import LSTM
 from fastrnn.ways.recurrence import autocast_dtype
 from fastrnn.ways.widening import wide_hidden_size

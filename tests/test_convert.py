@@ -155,6 +155,28 @@ def test_converting_draws_no_random_numbers():
 # --- where the module sits -----------------------------------------------------------------------
 
 
+def quantized_lstms(model):
+    kind = torch.ao.nn.quantized.dynamic.LSTM
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz.* deprecated")
+def test_a_converted_lstm_is_no_nn_lstm_so_quantisation_needs_revert_first(tokens):
+    """The recipe of convert's docstring."""
+    model = Tagger().eval()
+    expected = model(tokens)
+    fastrnn.convert(model)
+    assert not isinstance(model.lstm, nn.LSTM)
+    assert isinstance(model.lstm, nn.RNNBase)
+    assert model.lstm.mode == "LSTM"
+    passed_by = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+    assert quantized_lstms(passed_by) == 0
+    fastrnn.revert(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+    assert quantized_lstms(quantized) == 1
+    torch.testing.assert_close(quantized(tokens), expected, rtol=0, atol=0.05)
+
+
 def test_a_module_under_two_names_is_converted_once():
     shared = nn.LSTM(3, 3)
     model = nn.Sequential(shared, nn.Identity(), shared)

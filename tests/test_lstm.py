@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn.input import packing
+from fastrnn.input.packing import common_steps
 from tests.oracle import (
     answer,
     assert_agree,
@@ -254,7 +259,11 @@ def test_one_unbatched_sequence(config, batch_first):
         torch.testing.assert_close(value, right.squeeze(1), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("lengths", [4, [4], torch.tensor([4])], ids=["int", "list", "tensor"])
+@pytest.mark.parametrize(
+    "lengths",
+    [4, [4], torch.tensor([4]), torch.tensor(4), np.int64(4), np.array(4), np.uint8(4)],
+    ids=["int", "list", "tensor", "0-d-tensor", "numpy", "0-d-array", "unsigned"],
+)
 def test_the_length_of_an_unbatched_sequence(lengths):
     lstm, x = make(), torch.randn(T, I)
     output, (h_n, c_n) = lstm(x, lengths=lengths)
@@ -266,8 +275,16 @@ def test_the_length_of_an_unbatched_sequence(lengths):
 
 @pytest.mark.parametrize(
     "lengths",
-    [tuple(WITH_EMPTY), torch.tensor(WITH_EMPTY, dtype=torch.uint8), [torch.tensor(3), 6, 0, 5]],
-    ids=["tuple", "uint8", "list-with-a-tensor"],
+    [
+        tuple(WITH_EMPTY),
+        torch.tensor(WITH_EMPTY, dtype=torch.uint8),
+        torch.tensor(WITH_EMPTY, dtype=torch.uint16),
+        [torch.tensor(3), np.int32(6), 0, 5],
+        np.array(WITH_EMPTY),
+        np.array(WITH_EMPTY, dtype=np.uint16),
+        np.array(WITH_EMPTY, dtype=np.uint64),
+    ],
+    ids=["tuple", "uint8", "uint16", "list-of-kinds", "array", "uint16-array", "uint64-array"],
 )
 def test_other_ways_to_say_lengths(lengths):
     lstm, x = make(), torch.randn(T, B, I)
@@ -669,6 +686,79 @@ def test_final_states_zeroed_in_place_before_backward(lengths, path):
     assert torch.equal(found[0], expected[0])
 
 
+@every_path
+@pytest.mark.parametrize("gate", range(4), ids="ifgo")
+@pytest.mark.parametrize(
+    "value", [9.9e3, 1e4, 1e5, torch.finfo(torch.float32).max, math.inf], ids=str
+)
+@pytest.mark.parametrize("sign", [1, -1], ids=["open", "shut"])
+@pytest.mark.parametrize("config", [{}, {"bidirectional": True, "num_layers": 2}], ids=["", "deep"])
+def test_a_gate_that_its_bias_pins(config, sign, value, gate, path):
+    """Such numbers outweigh what carries the states through the padding."""
+    lstm, x = make(**config), torch.randn(T, B, I)
+    for name in ("bias_ih_l0", "bias_hh_l0_reverse") if config else ("bias_ih_l0",):
+        # No trace of the write is left in the parameter's version.
+        getattr(lstm, name).data[gate * H : (gate + 1) * H] = sign * value
+    lengths = lengths_on(path)
+    with forced(path), torch.no_grad():
+        output, (h_n, c_n) = lstm(x, lengths=lengths)
+    valid = valid_steps(lengths, T)
+    zeros = [torch.zeros_like(state) for state in (h_n, c_n)]
+    for found, right in zip((output, h_n, c_n), oracle(lstm, x, zeros, valid=valid)):
+        torch.testing.assert_close(found, right.float(), rtol=0, atol=1e-5)
+    assert (output[~valid] == 0).all()
+
+
+@every_path
+@pytest.mark.parametrize("gate", range(4), ids="ifgo")
+def test_a_gate_that_a_float16_bias_pins(gate, path):
+    for autocast in (False, True):
+        lstm = make(torch.float32 if autocast else torch.float16)
+        value = 1e5 if autocast else 65504.0  # which autocast makes infinite
+        lstm.bias_ih_l0.data[gate * H : (gate + 1) * H] = value
+        x, lengths = torch.randn(T, B, I, dtype=lstm.bias_ih_l0.dtype), lengths_on(path)
+        with forced(path), torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=autocast):
+            output, (h_n, c_n) = lstm(x, lengths=lengths)
+        exact, zeros = copy.deepcopy(lstm).double(), torch.zeros(1, B, H, dtype=torch.float64)
+        right = oracle(exact, x.double(), (zeros, zeros), valid=valid_steps(lengths, T))
+        for found, value in zip((output, h_n, c_n), right):
+            torch.testing.assert_close(found.double(), value, rtol=0, atol=5e-3)
+
+
+@every_path
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
+@pytest.mark.parametrize("config", [{}, {"bidirectional": True, "num_layers": 2}], ids=["", "deep"])
+def test_a_step_added_to_those_of_a_batch_is_seen_nowhere(config, batch_first, path):
+    """61 steps are run as 62, which other batches have too."""
+    steps, lengths = 61, [61, 60, 1, 33]
+    assert common_steps(steps) == 62
+    lstm = make(batch_first=batch_first, **config)
+    x, hx = torch.randn(steps, B, I), make_state(lstm, B)
+    if lstm.bidirectional:  # with given states both directions of a padded batch are packed
+        hx = tuple(torch.zeros_like(state) for state in hx)
+
+    def call(lstm, x, hx):
+        return padded(lstm, x, None if lstm.bidirectional else hx, lengths=lengths)
+
+    with forced(path):
+        found = everything(call, lstm, x, hx)
+    expected = answer(lstm, x, hx, valid=valid_steps(lengths, steps))
+    if lstm.bidirectional:
+        for results in (found, expected):
+            del results["d_h_0"], results["d_c_0"]
+    assert_agree(found, expected)
+
+
+def test_steps_added_change_no_draw_of_dropout():
+    lstm, x = make(num_layers=3, dropout=0.5), torch.randn(61, B, I)
+    results = []
+    for added in (0.0, 0.02):
+        with mock.patch.object(packing, "MOST_ADDED", added), forced("padded"):
+            torch.manual_seed(1)
+            results.append(lstm(x, lengths=[61, 60, 1, 33])[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
 # --- torch's settings ----------------------------------------------------------------------------
 
 
@@ -766,7 +856,6 @@ MISTAKES = {
     "unbatched-layers": lambda lstm: lstm(states(T, I), (states(1, H), states(2, H))),
     "one-state": lambda lstm: lstm(states(T, B, I), (states(1, B, H),)),
     "three-states": lambda lstm: lstm(states(T, B, I), (states(1, B, H),) * 3),
-    "a-tensor-for-the-states": lambda lstm: lstm(states(T, B, I), states(1, B, H)),
     "a-third-argument": lambda lstm: lstm(states(T, B, I), None, [1] * B),
     "an-unknown-keyword": lambda lstm: lstm(states(T, B, I), sequence_lengths=[1] * B),
 }
@@ -819,6 +908,40 @@ OWN_MISTAKES = {
         "lengths must be at most the 6 steps of the input, got 7; "
         "pad the input to the longest sequence",
     ),
+    "lengths-a-number": (
+        {"lengths": 5},
+        "lengths must be integers, one per sequence, got 5; for a batch of equal lengths use "
+        "[5] * 4",
+    ),
+    "lengths-a-numpy-number": (
+        {"lengths": np.int64(5)},
+        "lengths must be integers, one per sequence, got np.int64(5); for a batch of equal "
+        "lengths use [5] * 4",
+    ),
+    "lengths-in-a-set": (
+        {"lengths": {3, 6, 1, 5}},
+        "lengths must be a list or tensor in the order of the batch, got a set, which has an "
+        "order of its own",
+    ),
+    "lengths-in-a-dict": (
+        {"lengths": dict.fromkeys(LENGTHS)},
+        "lengths must be a list or tensor in the order of the batch, got a dict, which has an "
+        "order of its own",
+    ),
+    "lengths-of-bools": (
+        {"lengths": [True, 6, 1, 5]},
+        "lengths must be integers, one per sequence, got [True, 6, 1, 5]",
+    ),
+    "lengths-on-meta": (
+        {"lengths": torch.tensor(LENGTHS, device="meta")},
+        "lengths must have values, got a Tensor on meta that has none; on meta, under a fake mode "
+        "and while tracing give lengths as a list",
+    ),
+    "mask-on-meta": (
+        {"mask": MASK.to("meta")},
+        "mask must have values, got a Tensor on meta that has none; on meta, under a fake mode "
+        "and while tracing give lengths as a list",
+    ),
     "lengths-negative": (
         {"lengths": torch.tensor([1, -1, 3, 4])},
         "lengths must not be negative, got -1",
@@ -842,10 +965,98 @@ def test_a_mistake_in_a_ragged_argument_is_named(ragged, words):
     assert str(error.value) == words
 
 
-def test_lengths_of_a_packed_sequence_are_checked_against_its_longest():
-    packed = pack_padded_sequence(torch.zeros(T, 2, I), [4, 2])
-    with pytest.raises(ValueError, match="at most the 4 steps"):
-        make()(packed, lengths=[5, 2])
+def packed_in_order(x, lengths):
+    """The sequences in the caller's order."""
+    return pack_padded_sequence(x, lengths, enforce_sorted=False)
+
+
+def jagged(x, lengths):
+    parts = [x[:length, b] for b, length in enumerate(lengths)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("form", [packed_in_order, jagged], ids=["packed", "jagged"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["list", "tensor"])
+@pytest.mark.parametrize("extra", [{}, {"mask": None}], ids=["lengths", "lengths-mask"])
+def test_lengths_beyond_those_of_the_input_itself_are_refused(form, as_tensor, extra):
+    """There a packed or jagged tensor holds other sequences' steps, or none."""
+    own, asked = [3, 6, 2, 5], [3, 6, 4, 1]
+    if extra:
+        mask = torch.ones(T, B, dtype=torch.bool)
+        extra = {"mask": mask if form is packed_in_order else mask.t()}
+    with pytest.raises(ValueError) as error:
+        make()(
+            form(torch.zeros(T, B, I), own),
+            lengths=torch.tensor(asked) if as_tensor else asked,
+            **extra,
+        )
+    assert str(error.value) == (
+        "lengths must be at most those of the input itself, got 4 for sequence 2, which has 2 steps"
+    )
+
+
+@pytest.mark.parametrize("form", [packed_in_order, jagged], ids=["packed", "jagged"])
+def test_lengths_within_those_of_the_input_itself_shorten_it(form):
+    lstm, x = make(), torch.randn(T, B, I)
+    _, found = lstm(form(x, [3, 6, 2, 5]), lengths=[3, 4, 1, 5])
+    _, expected = lstm(x, lengths=[3, 4, 1, 5])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_flags_of_a_jagged_tensor_are_named_as_such():
+    with pytest.raises(ValueError) as error:
+        make()(jagged(torch.zeros(T, B, I), LENGTHS), mask=MASK)
+    assert str(error.value) == (
+        "mask must have shape [4, 6] ([B, T], as of every jagged input, T its longest sequence), "
+        "got [6, 4]"
+    )
+
+
+@pytest.mark.parametrize("name", ["mask", "resets"])
+@pytest.mark.parametrize("shape", [(T, 1), (1, T), (T - 1,)], ids=str)
+def test_flags_of_an_unbatched_sequence_have_one_axis(shape, name):
+    with pytest.raises(ValueError) as error:
+        make()(torch.zeros(T, I), **{name: torch.ones(shape, dtype=torch.bool)})
+    assert str(error.value) == (
+        f"{name} of an unbatched sequence must have shape [6] (one per step), got {list(shape)}"
+    )
+
+
+INPUTS = {
+    "none": (None, TypeError, "got NoneType"),
+    "list": ([[0.0] * I], TypeError, "got list; make a tensor of numbers with torch.as_tensor"),
+    "array": (np.zeros((T, B, I)), TypeError, "got ndarray"),
+    "an-lstms-result": ((states(T, B, I), None), TypeError, r"give an LSTM's result on as lstm"),
+    "sparse": (states(T, B, I).to_sparse(), ValueError, r"dense .* got torch.sparse_coo; use"),
+}
+
+
+@pytest.mark.parametrize(("given", "kind", "words"), INPUTS.values(), ids=INPUTS)
+def test_an_input_that_is_no_dense_tensor_is_refused_with_the_way_out(given, kind, words):
+    with pytest.raises(kind, match=words):
+        make()(given)
+
+
+@pytest.mark.parametrize(
+    ("hx", "words"),
+    [
+        (states(1, B, H), "got Tensor; an LSTM has two states where a GRU has one"),
+        (states(2, B, H), "got Tensor"),
+        ((None, None), r"got \(NoneType, NoneType\); leave hx out for zeros"),
+        ((np.zeros((1, B, H)),) * 2, r"got \(ndarray, ndarray\)"),
+    ],
+    ids=["tensor", "tensor-of-two", "nones", "arrays"],
+)
+def test_states_that_are_no_pair_of_tensors_are_refused_with_the_way_out(hx, words):
+    with pytest.raises(TypeError, match=r"hx must be a pair of tensors \(h_0, c_0\), " + words):
+        make()(states(T, B, I), hx)
+
+
+def test_a_setting_of_memory_that_does_not_exist_is_refused_when_it_is_used():
+    lstm = make()
+    lstm.memory = "bogus"
+    with pytest.raises(ValueError, match="memory must be one of save, recompute, got 'bogus'"):
+        lstm(states(T, B, I))
 
 
 def test_a_state_of_another_dtype_is_refused_with_the_way_out():

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fastrnn.choosing import costs
 from fastrnn.choosing.costs import Costs
+from fastrnn.input.arguments import Lengths, known_lengths
 from fastrnn.input.forms import Form, Packed, Padded
 from fastrnn.input.packing import (
     Layout,
-    Lengths,
     PaddedLayout,
     Rectangle,
-    check_lengths,
     padded_layout,
     ragged_layout,
     staircase,
 )
+from fastrnn.ways import onednn
 from fastrnn.ways.rectangles import least_seconds, plan
 
 # What a row that rectangles would leave out counts in training besides its time, in rows: it is
@@ -42,12 +42,14 @@ class Work(NamedTuple):
         hidden_size: H.
         train: forward and backward, rather than forward alone.
         dtype: that it computes in.
+        weights: of all layers and directions; padding is for those with which it is exact.
     """
 
     input_size: int
     hidden_size: int
     train: bool
     dtype: torch.dtype
+    weights: Sequence[Tensor] = ()
 
     def cut(self, sizes: tuple[int, ...], *, packed: bool = False) -> Sequence[Rectangle] | None:
         """Where to cut a batch with so many sequences active at each step; None: pack it.
@@ -59,7 +61,10 @@ class Work(NamedTuple):
         models = self._costs()
         found = plan(sizes, models.rectangles)
         loop = (models.packed if packed else models.loop).seconds(len(sizes), sum(sizes))
-        return found.rectangles if found.seconds <= loop else None
+        if found.seconds > loop:
+            return None
+        has_padding = found.rows > sum(sizes)
+        return None if has_padding and not onednn.can_carry(self.weights) else found.rectangles
 
     def pad(self, steps: int, lengths: Sequence[int]) -> bool:
         """Whether a padded batch of so many steps and these lengths is best run as it stands."""
@@ -80,7 +85,7 @@ class Work(NamedTuple):
 
 def arrange(
     form: Form,
-    lengths: Lengths | None,
+    lengths: Lengths | int | None,
     mask: Tensor | None,
     resets: Tensor | None,
     work: Work | None,
@@ -109,12 +114,14 @@ def arrange(
     if may_pad and work is not None and isinstance(form, Padded) and lengths is not None:
         on_host = not isinstance(lengths, Tensor) or lengths.is_cpu
         if on_host and mask is None and resets is None:
-            lengths = check_lengths(lengths, form.batch, form.steps, exact=True)
-            values = lengths.tolist()
+            known = known_lengths(lengths, form.batch, form.steps, exact=True)
+            values = known.values or []
             least = min(values, default=0)
             if least == form.steps:
                 return None
             # None may be zero: its last valid step would be none.
-            if least > 0 and work.pad(form.steps, values):
-                return padded_layout(form.steps, lengths)
+            can_pad = least > 0 and work.pad(form.steps, values)
+            if can_pad and onednn.can_carry(work.weights):
+                return padded_layout(form.steps, known.tensor)
+            return ragged_layout(form, known, cut=cut)
     return ragged_layout(form, lengths, mask, resets, cut=cut)

@@ -163,7 +163,7 @@ def _asked_for(asked: Request) -> Choice:
 
 def _on_cpu(asked: Request) -> Choice:
     if reason := _torch_alone(asked):
-        return Choice("operator" if asked.ragged else "torch", reason)
+        return _by_operators(asked, reason)
     form, dtype, stack, train = asked.form, asked.dtype, asked.stack, asked.needs_grad
     short = False
     if _no_torch(asked) is None:
@@ -192,7 +192,8 @@ def _on_cpu(asked: Request) -> Choice:
 def _arranged(asked: Request) -> Choice:
     """OneDNN or the step loop, by the models of costs.py."""
     dtype = onednn.compute_dtype(asked.dtype)
-    work = Work(asked.input_size, asked.hidden_size, asked.needs_grad, dtype)
+    sizes = asked.input_size, asked.hidden_size
+    work = Work(*sizes, asked.needs_grad, dtype, asked.flat)
     may_pad = not (asked.stack.bidirectional and asked.h_0 is not None)  # see padded.py
     layout = arrange(asked.form, asked.lengths, asked.mask, asked.resets, work, may_pad=may_pad)
     if layout is None or isinstance(layout, PaddedLayout):
@@ -204,7 +205,7 @@ def _arranged(asked: Request) -> Choice:
 
 def _on_gpu(asked: Request) -> Choice:
     if reason := _torch_alone(asked):
-        return Choice("operator" if asked.ragged else "torch", reason)
+        return _by_operators(asked, reason)
     reason = _no_kernels(asked)
     if reason is not None:
         return _elsewhere(asked, reason)
@@ -219,7 +220,7 @@ def _on_gpu(asked: Request) -> Choice:
 def _elsewhere(asked: Request, no_kernels: str | None = None) -> Choice:
     """On devices that have no kernels: torch, and never the step loop where torch can."""
     if reason := _torch_alone(asked):
-        return Choice("operator" if asked.ragged else "torch", reason)
+        return _by_operators(asked, reason)
     reason = _no_torch(asked)
     if reason is None:
         return Choice("torch", no_kernels or f"there are no kernels for {asked.form.device.type}")
@@ -245,6 +246,12 @@ def _torch_alone(asked: Request) -> str | None:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return "the tensors have no data" if issubclass(kind, FakeTensor) else None
+
+
+def _by_operators(asked: Request, why: str) -> Choice:
+    """Torch's own LSTM, or where that does not know what is asked, operations of torch's."""
+    ours = asked.ragged or _no_torch(asked) is not None
+    return Choice("operator" if ours else "torch", why)
 
 
 def _no_torch(asked: Request) -> str | None:

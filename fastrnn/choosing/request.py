@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastrnn.input.arguments import Lengths
 from fastrnn.input.forms import Form, Jagged, Padded
-from fastrnn.input.packing import Lengths
 from fastrnn.ways.recurrence import Memory
 from fastrnn.ways.torch_lstm import Stack
 
@@ -35,7 +35,7 @@ class Request(NamedTuple):
     """
 
     form: Form
-    lengths: Lengths | None
+    lengths: Lengths | int | None
     mask: Tensor | None
     resets: Tensor | None
     flat: list[Tensor]

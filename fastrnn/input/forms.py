@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn.input.arguments import host_values
 from fastrnn.input.blanking import blank_
 from fastrnn.input.packing import (
     Cut,
@@ -22,6 +23,7 @@ from fastrnn.input.packing import (
     cut_rows,
     dense_layout,
     ragged_layout,
+    without_unused,
 )
 
 
@@ -84,6 +86,11 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     return flat.index_copy_(0, layout.gather, rows)[:entries]
 
 
+def callers_own(output: Tensor) -> Tensor:
+    """What a layer computed, as the caller may write to it: backward keeps the layer's own."""
+    return output.clone() if output.requires_grad else output
+
+
 def _collect(flat: Tensor, layout: Layout) -> Tensor:
     """The layout's rows out of ``[entries, F]``."""
     if isinstance(layout, RectangleLayout):
@@ -98,12 +105,25 @@ def _collect(flat: Tensor, layout: Layout) -> Tensor:
     return rows.masked_fill((layout.gather == flat.shape[0]).unsqueeze(1), 0.0)
 
 
+def _check_strided(x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise ValueError(
+            f"input must be a dense tensor (torch.strided), got {x.layout}; use input.to_dense()"
+        )
+
+
+def _axes(batch_first: bool) -> str:
+    return f"{'[B, T]' if batch_first else '[T, B]'}, as batch_first says"
+
+
 class Padded:
     """``[T, B, I]``, or ``[B, T, I]`` where ``batch_first``."""
 
     def __init__(self, x: Tensor, batch_first: bool) -> None:
+        _check_strided(x)
         self.x = self.data = x
         self.time_major = not batch_first
+        self.axes = _axes(batch_first)
         self.steps, self.batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
         self.entries = self.steps * self.batch
         self.device = x.device
@@ -134,19 +154,70 @@ class Padded:
         if layout.gather is not None:
             rows = _spread(rows, layout, self.entries)
             return rows.view(self.x.shape[0], self.x.shape[1], rows.shape[1])
-        output = rows.view(self.steps, self.batch, rows.shape[1])
+        output = callers_own(rows).view(self.steps, self.batch, rows.shape[1])
         return output if self.time_major else output.transpose(0, 1)
 
 
+_BUILD_PACKED = "build it with torch.nn.utils.rnn.pack_padded_sequence"
+
+
+def _sizes_of(x: PackedSequence) -> tuple[int, ...] | None:
+    """``batch_sizes`` as numbers, checked, without steps that nobody reaches; None while tracing.
+
+    nn.LSTM takes data that have more rows, and computes with some of them.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return None
+    if x.batch_sizes.dtype.is_floating_point or x.batch_sizes.dim() != 1:
+        raise ValueError(
+            "batch_sizes of a PackedSequence must be [T] integers, got "
+            f"{x.batch_sizes.dtype} {list(x.batch_sizes.shape)}; {_BUILD_PACKED}"
+        )
+    sizes = host_values("batch_sizes of a PackedSequence", x.batch_sizes)
+    if not sizes:
+        raise ValueError(
+            f"a PackedSequence must have a step, got one without batch_sizes; {_BUILD_PACKED}"
+        )
+    if sizes[-1] < 0 or sizes != sorted(sizes, reverse=True):
+        raise ValueError(
+            "batch_sizes of a PackedSequence must not grow, nor be negative, got "
+            f"{sizes}; {_BUILD_PACKED}"
+        )
+    if sum(sizes) != x.data.shape[0]:
+        raise ValueError(
+            f"data of a PackedSequence must have {sum(sizes)} rows (as many as its batch_sizes "
+            f"add up to), got {x.data.shape[0]}; {_BUILD_PACKED}"
+        )
+    return without_unused(sizes)
+
+
 class Packed:
-    """A PackedSequence: the layout already, unless a mask or resets change it."""
+    """A PackedSequence: the layout already, unless a mask or resets change it.
+
+    Raises:
+        ValueError: its parts do not fit each other.
+    """
 
     def __init__(self, x: PackedSequence, batch_first: bool) -> None:
+        _check_strided(x.data)
         self.x, self.data = x, x.data
         self.time_major = not batch_first
-        self.steps, self.batch = x.batch_sizes.shape[0], int(x.batch_sizes[0])
+        self.axes = _axes(batch_first)
         self.entries = self.data.shape[0]
         self.device = self.data.device
+        self.sizes = _sizes_of(x)
+        self.steps = x.batch_sizes.shape[0]
+        self.batch = int(x.batch_sizes[0]) if self.sizes is None else self.sizes[0]
+        if self.sizes is not None:
+            self._check_indices()
+
+    def _check_indices(self) -> None:
+        for name, indices in zip(("sorted_indices", "unsorted_indices"), self.x[2:], strict=True):
+            if indices is not None and tuple(indices.shape) != (self.batch,):
+                raise ValueError(
+                    f"{name} of a PackedSequence must have shape [{self.batch}] (as "
+                    f"batch_sizes[0] says), got {list(indices.shape)}; {_BUILD_PACKED}"
+                )
 
     def own_lengths(self) -> Tensor | None:
         """``[B]``, in the caller's order."""
@@ -160,11 +231,15 @@ class Packed:
         inverse = self.x.unsorted_indices
         owner, leaves = self.x.sorted_indices, None if inverse is None else inverse.unsqueeze(0)
         if cut is not None:
-            layout = cut_rows(self.x.batch_sizes.tolist(), self.batch, cut)
+            assert self.sizes is not None  # oneDNN is not asked while torch.compile traces
+            layout = cut_rows(self.sizes, self.batch, cut)
             if layout is not None:
                 return dataclasses.replace(layout, owner=owner, leaves=leaves)
         return PackedLayout(
-            self.entries, self.batch, self.x.batch_sizes, owner=owner, leaves=leaves
+            *(self.entries, self.batch, self.x.batch_sizes),
+            owner=owner,
+            leaves=leaves,
+            sizes=self.sizes,
         )
 
     def flat_index(self, step: Tensor, element: Tensor) -> Tensor:
@@ -179,7 +254,7 @@ class Packed:
 
     def restore(self, rows: Tensor, layout: Layout) -> PackedSequence:
         """Rows ``[N, F]`` as a PackedSequence."""
-        data = rows if layout.gather is None else _spread(rows, layout, self.entries)
+        data = callers_own(rows) if layout.gather is None else _spread(rows, layout, self.entries)
         return PackedSequence(data, *self.x[1:])
 
 
@@ -187,6 +262,7 @@ class Jagged:
     """A nested tensor of layout ``torch.jagged``, ``[B, j, I]`` whatever ``batch_first`` says."""
 
     time_major = False
+    axes = "[B, T], as of every jagged input, T its longest sequence"
 
     def __init__(self, x: Any) -> None:
         self.data: Tensor = x.values()

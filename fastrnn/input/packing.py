@@ -23,7 +23,6 @@ Limits: a layout is built anew at every call (0.1 to 0.2 ms); it knows nothing o
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +32,18 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-Lengths: TypeAlias = Tensor | Sequence[int]
+from fastrnn.input.arguments import (
+    KnownLengths,
+    Lengths,
+    check_device,
+    check_flags,
+    host_values,
+    known_lengths,
+)
+from fastrnn.input.constants import constant
+
+# What rounding the steps of a padded batch up may add to them.
+MOST_ADDED = 0.02
 
 
 class Rectangle(NamedTuple):
@@ -121,6 +131,8 @@ class PackedLayout(Layout):
         enters: see :class:`Layout`.
         leaves: see :class:`Layout`.
         exact: whether N is exact, and ``batch_sizes`` on the host.
+        sizes: ``batch_sizes`` as Python's numbers, where they are known without looking: a tensor
+            of them has no values under a fake mode. None: look.
     """
 
     rows: int
@@ -131,6 +143,7 @@ class PackedLayout(Layout):
     enters: Tensor | None = None
     leaves: Tensor | None = None
     exact: bool = True
+    sizes: tuple[int, ...] | None = None
     _steps: dict[torch.device, Steps] = field(default_factory=dict, init=False, repr=False)
 
     def steps_on(self, device: torch.device) -> Steps:
@@ -153,8 +166,9 @@ class PaddedLayout(NamedTuple):
     """Where a padded batch on the CPU, which stays as it is, holds no sequence.
 
     Attributes:
-        carry: ``[T, B, 1]`` float32, the carry feature of onednn.py: 1 where it does not.
-        valid: ``[T, B, 1]`` bool, where it does.
+        carry: ``[T', B, 1]`` float32, the carry feature of onednn.py: 1 where it does not. T' is
+            :func:`common_steps` of T.
+        valid: ``[T', B, 1]`` bool, where it does.
         last: ``[1, B, 1]`` int64, the last valid step of each sequence.
     """
 
@@ -220,7 +234,7 @@ class RectangleLayout(Layout):
     @cached_property
     def valid_rows(self) -> Tensor:
         """int64, rows that are valid steps, ascending: the order of a :class:`PackedLayout`."""
-        return self.valid.flatten().nonzero().squeeze(1)
+        return torch.nonzero_static(self.valid.flatten(), size=sum(self.sizes)).squeeze(1)
 
     @cached_property
     def mirror(self) -> Tensor:
@@ -262,6 +276,7 @@ class Addressing(Places, Protocol):
     """What the layout must know of an input's form (see forms.py)."""
 
     time_major: bool
+    axes: str  # of a mask or resets, and who says so
 
     def own_lengths(self) -> Tensor | None:
         """``[B]`` lengths the form itself carries; None where every sequence has all T steps."""
@@ -287,7 +302,9 @@ def dense_layout(steps: int, batch: int, device: torch.device | str = "cpu") -> 
         device: of ``batch_sizes``. Default: the host.
     """
     sizes = torch.full((steps,), batch, dtype=torch.int64, device=device)
-    return PackedLayout(steps * batch, batch, sizes)
+    # A graph of torch.compile holds for every number of steps.
+    known = None if torch.compiler.is_compiling() else (batch,) * steps
+    return PackedLayout(steps * batch, batch, sizes, sizes=known)
 
 
 def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
@@ -297,21 +314,29 @@ def padded_layout(steps: int, lengths: Tensor) -> PaddedLayout:
         steps: T.
         lengths: ``[B]`` int64 on the CPU, each in [1, T].
     """
-    step = _steps(steps)
-    carry, valid = (step >= lengths).float(), step < lengths
-    return PaddedLayout(carry.unsqueeze(-1), valid.unsqueeze(-1), (lengths - 1).view(1, -1, 1))
+    ends = lengths.view(1, -1, 1)
+    valid = _steps(common_steps(steps)) < ends
+    return PaddedLayout(valid.logical_not().float(), valid, ends - 1)
 
 
-@functools.lru_cache(maxsize=64)
+def common_steps(steps: int) -> int:
+    """T rounded up, by less than 2 %, to a number that other batches have too.
+
+    oneDNN compiles code for every shape it has not met, and keeps it: about 0.2 MiB a shape.
+    """
+    grain = 1 << (int(MOST_ADDED * steps) + 1).bit_length() - 1
+    return -(-steps // grain) * grain
+
+
+@constant(maxsize=64)
 def _steps(count: int) -> Tensor:
-    """``[T, 1]``: 0, 1, ..., for batches of T steps that come again; not to be written to."""
-    with torch.inference_mode(False):
-        return torch.arange(count, device="cpu").view(-1, 1)
+    """``[T, 1, 1]``: 0, 1, ..., for batches of T steps that come again."""
+    return torch.arange(count, device="cpu").view(-1, 1, 1)
 
 
 def ragged_layout(
     form: Addressing,
-    lengths: Lengths | None = None,
+    lengths: Lengths | int | KnownLengths | None = None,
     mask: Tensor | None = None,
     resets: Tensor | None = None,
     *,
@@ -322,8 +347,8 @@ def ragged_layout(
 
     Args:
         form: the input's form.
-        lengths: ``[B]`` integers in [0, T], the leading steps of each sequence that are valid.
-            Default: all.
+        lengths: ``[B]`` integers in [0, T], the leading steps of each sequence that are valid; at
+            most those that the form itself carries. Default: all.
         mask: bool, True = valid, anywhere; ``[T, B]``, or ``[B, T]`` where the form is batch first.
             Default: all True.
         resets: bool, True = the state is zeroed before this step; shaped as ``mask``. On a masked
@@ -345,26 +370,40 @@ def ragged_layout(
     if wait:
         own, mask, resets = (None if v is None else v.cpu() for v in (own, mask, resets))
         lengths = lengths.cpu() if isinstance(lengths, Tensor) else lengths
-    given = [value for value in (own, lengths, mask, resets) if isinstance(value, Tensor)]
-    exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in given)
+    given = {
+        "the input's lengths": own,
+        "lengths": lengths.tensor if isinstance(lengths, KnownLengths) else lengths,
+        "mask": mask,
+        "resets": resets,
+    }
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in tensors.values())
+    if not exact:
+        for name, value in tensors.items():
+            check_device(name, value, form.device)
     device = torch.device("cpu") if exact else form.device
 
+    known = None
     if lengths is not None:
-        own = check_lengths(lengths, batch, steps, exact)
+        if isinstance(lengths, KnownLengths):
+            known = lengths
+        else:
+            known = known_lengths(lengths, batch, steps, exact, own)
+        own = known.tensor
     if own is None:
         valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
     else:
         valid_lengths = _on(own, device)
     places = None  # [B, T] the step at which a sequence's k-th valid step stands; None: the k-th
     if mask is not None:
-        valid = _on(_check_flags("mask", mask, form), device)
+        valid = _on(_flags("mask", mask, form), device)
         valid = valid & (torch.arange(steps, device=device) < valid_lengths.unsqueeze(1))
         valid_lengths = valid.sum(1)
         places = torch.argsort(~valid, dim=1, descending=False, stable=True)
     segments = None
     length = valid_lengths
     if resets is not None:
-        reset = _on(_check_flags("resets", resets, form), device)
+        reset = _on(_flags("resets", resets, form), device)
         segments = _cut(reset, places, valid_lengths, exact)
         length = segments.length
 
@@ -373,12 +412,22 @@ def ragged_layout(
     found = _Sorted(form, length, order, owner, segments, places)
     if not exact:
         return _bounded(found)
-    on_host = length.tolist()
-    sizes = staircase(on_host)
+    if known is not None and known.values is not None and mask is None and resets is None:
+        descending = sorted(known.values, reverse=True)
+    else:
+        descending = host_values("lengths, mask and resets", length)
+    sizes = staircase(descending)
     rectangles = cut(tuple(sizes)) if cut is not None and sizes else None
     if rectangles:
-        return _in_rectangles(found, on_host, sizes, tuple(rectangles))
-    return _packed(found, sizes, sum(on_host))
+        return _in_rectangles(found, descending, sizes, tuple(rectangles))
+    return _packed(found, sizes, sum(descending))
+
+
+def _flags(name: str, flags: Tensor, form: Addressing) -> Tensor:
+    """A mask or resets as ``[B, T]``, checked."""
+    shape = [form.steps, form.batch] if form.time_major else [form.batch, form.steps]
+    checked = check_flags(name, flags, shape, form.axes)
+    return checked.t() if form.time_major else checked
 
 
 class _PackedRows:
@@ -491,6 +540,7 @@ def _packed(found: _Sorted, sizes: list[int], rows: int) -> PackedLayout:
         _on(found.owner, device),
         found.enters(),
         found.leaves(),
+        sizes=tuple(sizes),
     )
 
 
@@ -578,6 +628,14 @@ def staircase(lengths: Sequence[int]) -> list[int]:
     return sizes
 
 
+def without_unused(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sequences active at each step, without the steps that none reaches."""
+    last = len(sizes)
+    while last and sizes[last - 1] == 0 and sizes[0] > 0:
+        last -= 1
+    return tuple(sizes[:last])
+
+
 def _cut(reset: Tensor, places: Tensor | None, valid_lengths: Tensor, exact: bool) -> _Segments:
     """Cut each sequence of valid steps before every reset; ``reset`` is ``[B, T]``.
 
@@ -620,53 +678,3 @@ def _where_owned(flag: Tensor, owner: Tensor, batch: int) -> Tensor:
     return torch.zeros(batch + 1, dtype=torch.int64, device=owner.device).scatter(
         0, target, sequence
     )[:batch]
-
-
-def check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tensor:
-    """``lengths`` as ``[B]`` int64, refused with the reason where it does not fit the input."""
-    if not isinstance(lengths, Tensor):
-        try:
-            lengths = torch.tensor(list(lengths), device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"lengths must be integers, one per sequence, got {lengths!r}"
-            ) from error
-        if lengths.numel() == 0:
-            lengths = lengths.to(torch.int64)
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
-    if tuple(lengths.shape) != (batch,):
-        raise ValueError(
-            f"lengths must have shape [{batch}] (one per sequence), got {list(lengths.shape)}"
-        )
-    if lengths.dtype != torch.int64:
-        lengths = lengths.to(torch.int64)
-    if exact:
-        on_host = lengths.tolist()
-        if on_host and min(on_host) < 0:
-            raise ValueError(f"lengths must not be negative, got {min(on_host)}")
-        if on_host and max(on_host) > steps:
-            raise ValueError(
-                f"lengths must be at most the {steps} steps of the input, got {max(on_host)}; "
-                "pad the input to the longest sequence"
-            )
-    else:  # checked where the data are, without waiting for them
-        fits = ((lengths >= 0) & (lengths <= steps)).all()
-        torch._assert_async(fits, "lengths must lie in [0, T], T the steps of the input")
-    return lengths
-
-
-def _check_flags(name: str, flags: Tensor, form: Addressing) -> Tensor:
-    """A mask or resets as ``[B, T]``, refused with the reason where it does not fit the input."""
-    if not isinstance(flags, Tensor):
-        raise TypeError(f"{name} must be a bool tensor, got {type(flags).__name__}")
-    if flags.dtype != torch.bool:
-        raise TypeError(f"{name} must have dtype torch.bool, got {flags.dtype}; use {name}.bool()")
-    expected = [form.steps, form.batch] if form.time_major else [form.batch, form.steps]
-    if list(flags.shape) != expected:
-        order = "[T, B]" if form.time_major else "[B, T]"
-        raise ValueError(
-            f"{name} must have shape {expected} ({order}, as batch_first says), got "
-            f"{list(flags.shape)}"
-        )
-    return flags.detach().t() if form.time_major else flags.detach()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastrnn.input.packing import Lengths, check_lengths
+from fastrnn.input.arguments import Lengths, check_lengths
 
 
 class LuongAttention(nn.Module):

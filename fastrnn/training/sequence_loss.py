@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrnn.input.packing import Lengths, check_lengths
+from fastrnn.input.arguments import Lengths, check_lengths
 
 
 def sequence_loss(

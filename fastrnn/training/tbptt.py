@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fastrnn.input.packing import Lengths, check_lengths
+from fastrnn.input.arguments import Lengths, check_lengths
 
 State = TypeVar("State")
 

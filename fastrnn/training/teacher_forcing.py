@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastrnn.input.packing import Lengths, check_lengths
+from fastrnn.input.arguments import Lengths, check_lengths
 from fastrnn.training.decoder import States, Transform, check_decoder, run_decoder, scorer
 from fastrnn.training.runs import plan_runs
 from fastrnn.training.scheduled_sampling import ScheduledSampling

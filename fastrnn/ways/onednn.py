@@ -3,7 +3,7 @@
 The operator knows neither lengths nor masks. One extra input feature gives it padded steps all the
 same: 1 on a padded step and 0 elsewhere, with weights -CARRY for gates i and o and +CARRY for f.
 There i = o = 0 and f = 1 exactly, so c is carried bit for bit, h is zero, and every gate's gradient
-is exactly zero.
+is exactly zero; with weights that :func:`can_carry` holds to be small enough.
 
 float32; and bfloat16 where the processor multiplies it (AVX512-BF16, AMX), with cell states rounded
 at every step, as nn.LSTM's are. Other 16-bit tensors are computed in float32.
@@ -19,14 +19,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional
 
 from fastrnn.cells import lstm as lstm_cell
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blank_
+from fastrnn.input.constants import constant
 from fastrnn.ways.recurrence import CPU
 
-# Far beyond any pre-activation, far within float32: sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
-CARRY = 1e4
+# Far beyond a pre-activation of weights below LARGEST, far within float32 and bfloat16: with any
+# such pre-activation added, sigmoid(-CARRY) = 0 and sigmoid(CARRY) = 1.
+CARRY = 1e30
+# float16's largest number: weights that are rounded to it under autocast stay finite.
+LARGEST = 65504.0
 
 _LSTM_MODE = 2  # the number of the LSTM in the operator's interface
 
@@ -77,6 +82,33 @@ def can_compute(
     )
 
 
+def can_carry(weights: Sequence[Tensor]) -> bool:
+    """Whether the carry feature outweighs all that these weights can make of padded steps.
+
+    A bias may pin a gate for good, with a huge number or an infinite one, which nothing added to it
+    undoes. The look takes as long as reading the weights once, and is taken at every call: a write
+    through ``.data`` leaves no other trace.
+
+    Args:
+        weights: of all layers and directions, in any dtype.
+
+    Returns:
+        Whether the norm of each is below LARGEST; False too where a tensor has no values to see.
+    """
+    squares = 0.0
+    for weight in weights:
+        flat = weight.detach()
+        if flat.dim() > 1:
+            flat = flat.reshape(-1)
+        if flat.dtype != torch.float32:
+            flat = flat.float()
+        try:
+            squares += flat.dot(flat).item()
+        except RuntimeError:  # under a fake mode, and while something traces
+            return False
+    return squares < LARGEST**2
+
+
 def outside_transforms() -> bool:
     """Whether nothing traces or transforms what runs: torch has no rule for the operator then."""
     return (
@@ -97,7 +129,7 @@ def operands(weights: LayerWeights, *, carry: bool) -> list[Tensor]:
     """
     ih, hh = weights.ih.contiguous(), weights.hh.contiguous()
     if carry:
-        ih = torch.cat([ih, _carry_weights(*ih.shape, ih.dtype)], 1)
+        ih = torch.cat([ih, _carry_weights(ih.shape[0], ih.shape[1], ih.dtype)], 1)
     if weights.bias_ih is None or weights.bias_hh is None:
         zeros = ih.new_zeros(ih.shape[0])
         return [ih, hh, zeros, zeros]
@@ -110,24 +142,25 @@ def with_carry(x: Tensor, carry: Tensor, valid: Tensor) -> Tensor:
     The gradient there is zero without a mask, as every gate's is.
 
     Args:
-        x: ``[..., I]``.
+        x: ``[..., I]``; ``[T, B, I]`` may have fewer steps than ``carry``, the others are padding.
         carry: ``[..., 1]``, in the dtype of ``x``: 1 in the padding, else 0.
         valid: bool ``[..., 1]``, the opposite.
     """
-    features = x.shape[-1]
+    features, missing = x.shape[-1], carry.shape[0] - x.shape[0]
+    if missing:
+        x = functional.pad(x, (0, 0, 0, 0, 0, missing))
     wide = torch.cat([x, *[carry] * _carry_columns(features, x.dtype)], -1)
     blank_(wide.detach()[..., :features], valid)
     return wide
 
 
-@functools.cache
 def _carry_columns(features: int, dtype: torch.dtype) -> int:
     """How often the carry feature stands behind I features."""
     # bfloat16 in odd numbers is slow: T60 B64 H256 on AMX takes 39.6 ms with 129, 7.3 with 130.
     return 2 if dtype == torch.bfloat16 and features % 2 == 0 else 1
 
 
-@functools.lru_cache(maxsize=16)
+@constant(maxsize=16)
 def _carry_weights(gates: int, features: int, dtype: torch.dtype) -> Tensor:
     """``[4H, 1 or 2]``, the carry feature's weights behind those of I features."""
     of_gates = torch.tensor([-CARRY, CARRY, 0.0, -CARRY], dtype=dtype, device="cpu")

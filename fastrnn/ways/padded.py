@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blanked
+from fastrnn.input.forms import callers_own
 from fastrnn.input.packing import PaddedLayout
 from fastrnn.ways import onednn
 from fastrnn.ways.dense import run_dense_layer
@@ -63,10 +64,10 @@ def run_padded(
         layout = layout._replace(carry=layout.carry.to(wide))
     if batch_first:  # torch's operator would transpose too, and the carry feature needs a copy
         x = x.transpose(0, 1)
-    h_n, c_n = [], []
+    h_n, c_n, steps = [], [], x.shape[0]
     for index, weights in enumerate(layers):
         if index and dropout:
-            x = functional.dropout(x, dropout, training=True)
+            x = functional.dropout(x[:steps], dropout, training=True)
         states = slice(index * directions, (index + 1) * directions)
         x, last_h, last_c = _run_layer(
             x,
@@ -74,7 +75,7 @@ def run_padded(
             weights if wide == dtype else [direction.to(wide) for direction in weights],
             None if h_0 is None else h_0[states],
             None if c_0 is None else c_0[states],
-            final=index == len(layers) - 1,
+            final=steps if index == len(layers) - 1 else None,
         )
         h_n.append(last_h)
         c_n.append(last_c)
@@ -89,13 +90,16 @@ def _run_layer(
     h_0: Tensor | None,
     c_0: Tensor | None,
     *,
-    final: bool,
+    final: int | None,
 ) -> DenseOutput:
-    """One layer over ``[T, B, I]``; its output is zero in the padding, and if ``final`` a copy."""
+    """One layer over ``[T, B, I]``; its output is zero in the padding.
+
+    The output has the layout's steps; of the last layer, the ``final`` ones that the input had, and
+    is the caller's own.
+    """
     if layout is None:
         dense = run_dense_layer(x, weights, h_0, c_0)
-        copied = final and dense.output.requires_grad
-        return dense._replace(output=dense.output.clone()) if copied else dense
+        return dense if final is None else dense._replace(output=callers_own(dense.output))
     hidden_size = weights[0].hh.shape[1]
     x = onednn.with_carry(x, layout.carry, layout.valid)
     if len(weights) == 2:
@@ -109,10 +113,11 @@ def _run_layer(
         if output.requires_grad:
             c_n = c_n.clone()  # backward needs what oneDNN returned
     last = layout.last.expand(-1, -1, hidden_size)
-    if output.requires_grad and final:
-        output, own = _ended(output, layout.valid, last)
+    if output.requires_grad and final is not None:
+        output, own = _ended(output, layout.valid, last, final)
     else:
         own = output.gather(0, last)
+        output = output if final is None else output[:final]
     if len(weights) == 1:
         return DenseOutput(output, own, c_n.view(1, -1, hidden_size))
     # The last step may be padding; the reverse direction's is the first.
@@ -120,20 +125,26 @@ def _run_layer(
 
 
 class _Ended(torch.autograd.Function):
-    """A copy of the outputs, and one direction's at the last valid steps.
+    """A copy of the outputs of the first steps, and one direction's at the last valid ones.
 
     No gradient goes into the padding: the user's may be NaN there. torch's nodes would fill two
     more tensors as large as the output with gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, valid: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, output: Tensor, valid: Tensor, last: Tensor, steps: int
+    ) -> tuple[Tensor, Tensor]:
         ctx.valid, ctx.last = valid, last
-        return output.clone(), output.gather(0, last)
+        return output[:steps].clone(), output.gather(0, last)
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None]:
-        return blanked(d_output, ctx.valid).scatter_add_(0, ctx.last, d_own), None, None
+    def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None, None]:
+        steps = d_output.shape[0]
+        d_all = blanked(d_output, ctx.valid[:steps])
+        if steps < ctx.valid.shape[0]:
+            d_all = functional.pad(d_all, (0, 0, 0, 0, 0, ctx.valid.shape[0] - steps))
+        return d_all.scatter_add_(0, ctx.last, d_own), None, None, None
 
 
 # Function.apply without its looking for functorch, which cannot be here (see onednn.py): 50 us of

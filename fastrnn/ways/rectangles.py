@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.choosing.costs import LayerCosts
-from fastrnn.input.packing import Rectangle, RectangleLayout
+from fastrnn.input.packing import Rectangle, RectangleLayout, common_steps
 from fastrnn.ways import onednn
 from fastrnn.ways.recurrence import LayerOutput, side_by_side
 
@@ -69,8 +69,9 @@ def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:
         cost: the model.
 
     Returns:
-        See :class:`Plan`. One rectangle is as large as the staircase; several have lengths and
-        widths as above, and may reach beyond the staircase in both. None where no step is valid.
+        See :class:`Plan`. One rectangle is as large as the staircase, or has a step in 50 more
+        where it holds padding anyway; several have lengths and widths as above, and may reach
+        beyond the staircase in both. None where no step is valid.
     """
     if not sizes or not sizes[0]:
         return Plan((), 0.0)
@@ -93,7 +94,10 @@ def plan(sizes: tuple[int, ...], cost: LayerCosts) -> Plan:
                 break
     whole = cost.call + cost.row * steps * (most + cost.step)
     if whole <= best[-1]:
-        return Plan((Rectangle(0, steps, most),), cost.layer + whole)
+        full = sizes[-1] == most
+        return Plan(
+            (Rectangle(0, steps if full else common_steps(steps), most),), cost.layer + whole
+        )
     rectangles = []
     end = places
     while end:

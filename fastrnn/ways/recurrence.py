@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,17 @@ class LayerOutput(NamedTuple):
 
 
 Memory = Literal["save", "recompute"]
+_MEMORIES = get_args(Memory)
+
+
+def check_memory(name: str) -> None:
+    """Refuse a setting of ``memory`` that does not exist.
+
+    Raises:
+        ValueError: with those that do.
+    """
+    if name not in _MEMORIES:
+        raise ValueError(f"memory must be one of {', '.join(_MEMORIES)}, got {name!r}")
 
 
 def flatten_weights(weights: Sequence[LayerWeights]) -> list[Tensor]:

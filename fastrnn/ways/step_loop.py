@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastrnn.cells import lstm as lstm_cell
 from fastrnn.cells.lstm import Forward, Gradients, LayerWeights, compute_dtype
+from fastrnn.input.arguments import host_values
+from fastrnn.input.packing import without_unused
 from fastrnn.ways.recurrence import (
     LayerOutput,
     Memory,
@@ -55,10 +57,7 @@ class Call(NamedTuple):
 
 def host_sizes(batch_sizes: Tensor) -> tuple[int, ...]:
     """``batch_sizes`` on the host, without the steps of a bounded layout that nobody reaches."""
-    sizes: list[int] = batch_sizes.tolist()
-    while sizes and sizes[-1] == 0 and sizes[0] > 0:
-        sizes.pop()
-    return tuple(sizes)
+    return without_unused(host_values("lengths, mask and resets", batch_sizes))
 
 
 class DirectionRun(NamedTuple):

@@ -145,7 +145,7 @@ def run_rows(
         train: see there.
     """
     sizes = layout.batch_sizes
-    active = int(sizes[0])  # those without a step follow them
+    active = layout.sizes[0] if layout.sizes else int(sizes[0])  # those without a step follow them
     h_0, c_0 = _states(h_0, c_0, rows, layout.sequences, flat, stack)
     flat = _weights(flat, rows.dtype, stack)
     settings = stack.bias, stack.num_layers, stack.dropout, train or stack.dropout > 0
@@ -165,7 +165,7 @@ def run_rows(
     def composite(
         rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        return _composite(stack, host_sizes(sizes), rows, h_0, c_0, flat)
+        return _composite(stack, layout.sizes or host_sizes(sizes), rows, h_0, c_0, flat)
 
     return _differentiable(run, composite, (rows, h_0, c_0, *flat), stack)
 

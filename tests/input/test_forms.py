@@ -103,3 +103,43 @@ def test_a_jagged_tensor_with_gaps_between_its_sequences():
     assert torch.equal(output.values()[:3], values[:3])
     assert (output.values()[3:9] == 0).all()
     assert output.lengths().tolist() == [3, 0, 2]
+
+
+def packed_of(rows, sizes, *indices):
+    return PackedSequence(torch.zeros(rows, I), torch.as_tensor(sizes), *indices)
+
+
+MALFORMED = {
+    "empty": (
+        (0, torch.zeros(0, dtype=torch.int64)),
+        "a PackedSequence must have a step, got one without batch_sizes",
+    ),
+    "fewer-rows": (
+        (5, [3, 3]),
+        r"must have 6 rows \(as many as its batch_sizes add up to\), got 5",
+    ),
+    "more-rows": ((7, [3, 3]), r"must have 6 rows .* got 7"),
+    "growing": ((5, [2, 3]), r"must not grow, nor be negative, got \[2, 3\]"),
+    "negative": ((2, [3, -1]), r"must not grow, nor be negative, got \[3, -1\]"),
+    "floats": ((6, [3.0, 3.0]), r"must be \[T\] integers, got torch.float32 \[2\]"),
+    "two-axes": ((6, [[3, 3]]), r"must be \[T\] integers, got torch.int64 \[1, 2\]"),
+    "indices-too-few": (
+        (6, [3, 3], torch.tensor([1, 0])),
+        r"sorted_indices .* must have shape \[3\] \(as batch_sizes\[0\] says\), got \[2\]",
+    ),
+    "inverse-too-long": (
+        (6, [3, 3], torch.tensor([1, 0, 2]), torch.tensor([1, 0, 2, 3])),
+        r"unsorted_indices .* must have shape \[3\] .* got \[4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "words"), MALFORMED.values(), ids=MALFORMED)
+def test_a_packed_sequence_whose_parts_do_not_fit_is_refused_with_the_way_out(parts, words):
+    with pytest.raises(ValueError, match=words + ".*; build it with .*pack_padded_sequence"):
+        Packed(packed_of(*parts), False)
+
+
+def test_steps_that_no_sequence_reaches_are_left_out():
+    form = Packed(packed_of(6, [3, 3, 0]), False)
+    assert form.sizes == (3, 3)

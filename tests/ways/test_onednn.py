@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
 from fastrnn.ways import onednn
@@ -56,6 +59,22 @@ def test_it_does_not_run_where_it_is_switched_off():
 def test_it_runs_bfloat16_where_the_processor_does(has):
     assert onednn.available(torch.device("cpu"), torch.bfloat16) == has
     assert onednn.compute_dtype(torch.bfloat16) == (torch.bfloat16 if has else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 65504.0, 1e30], ids=str)
+def test_the_carry_feature_is_not_for_weights_that_outweigh_it(value, name, dtype):
+    lstm = fastrnn.LSTM(3, 5, dtype=dtype)
+    weights = [weight.detach() for weight in lstm.parameters()]
+    assert onednn.can_carry(weights)
+    getattr(lstm, name).data.view(-1)[-1] = value
+    assert not onednn.can_carry(weights)
+
+
+def test_the_carry_feature_is_not_for_weights_that_nobody_can_look_at():
+    with FakeTensorMode():
+        assert not onednn.can_carry(list(fastrnn.LSTM(3, 5).parameters()))
 
 
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="the processor has no bfloat16")

@@ -109,6 +109,16 @@ def test_equal_lengths_are_one_rectangle():
     )
 
 
+def test_one_rectangle_with_padding_has_a_length_that_other_batches_have():
+    cost = LayerCosts(layer=0.0, call=1e9, row=1.0)
+    found = {plan((8,) * (steps - 1) + (7,), cost).rectangles for steps in range(100, 150)}
+    assert all(len(pieces) == 1 for pieces in found)
+    assert len(found) == 26
+    assert plan((8,) * 101, cost).rectangles == (
+        Rectangle(0, 101, 8),
+    )  # without padding it is left
+
+
 def test_many_batches_have_few_shapes():
     """oneDNN compiles code for each."""
     shapes = set()
