@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from fastrnn.clip.gradient_norms import Clipped, clip_coefficient, scale_gradients
-from fastrnn.clip.gradient_norms import clip_gradients as clip_local_gradients
+from fastrnn.clip import gradient_norms
+from fastrnn.clip.gradient_norms import Clipped, clip_coefficient
 
 _SHARDED = (Shard, _StridedShard)  # the latter: where FSDP2 shards what tensor parallelism sharded
 
@@ -87,6 +87,18 @@ def clip_gradients(
     return Clipped(total_norm, clip_coefficient(total_norm, max_norm, zero_nonfinite), norms)
 
 
+def scale_gradients(
+    grads: list[Tensor], total_norm: Tensor, max_norm: float | Tensor, zero_nonfinite: bool = False
+) -> Tensor:
+    """Scale the local parts in place; see `gradient_norms.scale_gradients`."""
+    locals_ = [local_gradient(grad) for grad in grads]
+    # What autograd saves is the DTensor; the local part's version says nothing about it.
+    torch.autograd.graph.increment_version(
+        [grad for grad, local in zip(grads, locals_) if grad is not local]
+    )
+    return gradient_norms.scale_gradients(locals_, total_norm, max_norm, zero_nonfinite)
+
+
 def local_gradient(grad: Tensor) -> Tensor:
     """Return the part of a gradient that is on this process, sharing its memory."""
     return grad._local_tensor if isinstance(grad, DTensor) else grad
@@ -117,7 +129,7 @@ def _global_norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
     locals_ = [local_gradient(part) for part in parts]
     norms = [torch.zeros((), device=part.device) for part in locals_]  # of parts without elements
     if holding := [index for index, part in enumerate(locals_) if part.numel()]:
-        measured = clip_local_gradients(
+        measured = gradient_norms.clip_gradients(
             [locals_[index] for index in holding],
             math.inf,
             norm_type,

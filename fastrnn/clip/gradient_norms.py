@@ -1,9 +1,10 @@
-"""Norms of a list of gradients, and their scaling in place: what every clip is made of.
+"""Norms of this process's gradients, and their scaling in place: what every clip is made of.
 
 :func:`clip_gradients` is the seam to the Triton kernel: it does in PyTorch what the kernel's
 launcher does in one launch, and calls the launcher where :func:`can_run_kernel` knows no reason
-against it. DTensors go to `distributed`. Gradients on the CPU are asked for their norm, which
-is free there, and what nothing has to be done to is not written.
+against it. Gradients on the CPU are asked for their norm, which is free there, and what nothing has
+to be done to is not written. DTensors are for `clipping`, which chooses between this and
+`distributed`.
 
 Everything here is to be called without autograd.
 """
@@ -15,9 +16,7 @@ import importlib
 import logging
 import math
 import operator
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from fastrnn.choosing.environment import forced_backend
+from fastrnn.clip.tracing import values_unknown
 
 # torch sums the squares of one float32 vector on one thread, in as many sums as a register has
 # lanes. Relative error on standard normals (AVX2): 1e-5 at 2**20 elements, 8e-5 at 2**22, 4e-4 at
@@ -70,7 +70,7 @@ def clip_gradients(
     one device. Nothing here waits for a device other than the CPU.
 
     Args:
-        grads: at least one, of any dtypes and devices; DTensors too.
+        grads: at least one, of any dtypes and devices.
         max_norm: the largest norm allowed.
         norm_type: the order of the norm.
         scale: whether to scale; if not, the gradients are only read.
@@ -81,20 +81,7 @@ def clip_gradients(
 
     Returns:
         Total norm, coefficient, and each gradient's norm.
-
-    Raises:
-        NotImplementedError: DTensors of a kind that `distributed` does not take.
     """
-    if (distributed := distributed_module(grads)) is not None:
-        found: Clipped = distributed.clip_gradients(
-            grads,
-            max_norm,
-            norm_type,
-            scale=scale,
-            zero_nonfinite=zero_nonfinite,
-            norm_dtype=norm_dtype,
-        )
-        return found
     if can_run_kernel(grads, norm_type) is None:
         from fastrnn_kernels.launch import CannotLaunch
 
@@ -147,7 +134,7 @@ def clip_coefficient(
     """Return `min(max_norm / (total_norm + 1e-6), 1)`; with `zero_nonfinite` 0 for inf and NaN."""
     coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     if zero_nonfinite:
-        coefficient = coefficient.where(total_norm.isfinite(), 0.0)
+        coefficient = coefficient.masked_fill(total_norm.isfinite().logical_not(), 0.0)
     return coefficient
 
 
@@ -155,16 +142,10 @@ def scale_gradients(
     grads: list[Tensor], total_norm: Tensor, max_norm: float | Tensor, zero_nonfinite: bool = False
 ) -> Tensor:
     """Scale gradients in place whose `total_norm` is known; return the coefficient `[]`."""
-    if (distributed := distributed_module(grads)) is not None:
-        locals_ = [distributed.local_gradient(grad) for grad in grads]
-        # What autograd saves is the DTensor; the local part's version says nothing about it.
-        torch.autograd.graph.increment_version(
-            [grad for grad, local in zip(grads, locals_) if grad is not local]
-        )
-        grads = locals_
     if (groups := cpu_groups(grads)) is not None:
         if zero_nonfinite and not math.isfinite(total_norm.item()):
-            torch._foreach_zero_(grads)
+            for grad in grads:
+                grad.zero_()
             return torch.zeros_like(total_norm)
         scaled_by = scale_cpu_groups_(groups, total_norm, float(max_norm))
         return torch.ones_like(total_norm) if scaled_by is None else scaled_by
@@ -172,7 +153,7 @@ def scale_gradients(
     nonfinite = total_norm.isfinite().logical_not() if zero_nonfinite else None
     grouped = _group_tensors_by_device_and_dtype([grads])  # type: ignore[list-item]
     for (device, _), ((tensors,), _) in grouped.items():
-        torch._foreach_mul_(tensors, coefficient.to(device))  # type: ignore[arg-type]
+        _multiply_(tensors, coefficient.to(device))  # type: ignore[arg-type]
         if nonfinite is not None:  # 0 * NaN is NaN
             for tensor in tensors:
                 tensor.masked_fill_(nonfinite.to(device), 0.0)  # type: ignore[union-attr]
@@ -200,6 +181,8 @@ def can_run_kernel(grads: Sequence[Tensor], norm_type: float) -> str | None:
         return "the kernel runs on CUDA devices, and the first gradient is on another"
     if forced := forced_backend():
         return f"FASTRNN_BACKEND={forced} is set"
+    if values_unknown():
+        return "a graph is being recorded, or tensors are fake"
     if isinstance(kernel := _kernel_module(), str):
         return kernel
     reason: str | None = kernel.can_run(grads, norm_type)
@@ -215,24 +198,17 @@ def _kernel_module() -> Any:
         return f"the kernel cannot be imported: {error}"
 
 
-def distributed_module(grads: Sequence[Tensor]) -> ModuleType | None:
-    """Return `distributed` where a gradient is a DTensor."""
-    if set(map(type, grads)) == {Tensor}:
-        return None
-    dtensor = sys.modules.get("torch.distributed.tensor")  # not imported: there can be none
-    if dtensor is None or not any(isinstance(grad, dtensor.DTensor) for grad in grads):
-        return None
-    return importlib.import_module("fastrnn.clip.distributed")
-
-
 @functools.cache
 def _log_once(message: str) -> None:
     _log.warning(message)
 
 
 def cpu_groups(grads: list[Tensor]) -> list[list[Tensor]] | None:
-    """Return the gradients by dtype; None where one of them is not a plain tensor on the CPU."""
-    if set(map(type, grads)) != {Tensor} or not all(map(_is_cpu, grads)):
+    """Return the gradients by dtype.
+
+    None where one of them is not a plain tensor on the CPU, or has no value to be asked for.
+    """
+    if set(map(type, grads)) != {Tensor} or not all(map(_is_cpu, grads)) or values_unknown():
         return None
     if len(set(map(_dtype, grads))) == 1:
         return [grads]
@@ -292,12 +268,24 @@ def scale_cpu_groups_(
             coefficient = None
     for grads in groups:
         if coefficient is not None:
-            torch._foreach_mul_(grads, coefficient)
+            _multiply_(grads, coefficient)
         elif _one_matters(grads):
-            torch._foreach_mul_(grads, torch.ones_like(total_norm))
+            _multiply_(grads, torch.ones_like(total_norm))
         else:
             torch.autograd.graph.increment_version(grads)
     return coefficient
+
+
+def _multiply_(grads: list[Tensor], coefficient: Tensor) -> None:
+    """Multiply gradients of one device and dtype in place."""
+    try:
+        torch._foreach_mul_(grads, coefficient)
+    except RuntimeError:
+        # Before it does anything it refuses what is negated or conjugated only when it is read.
+        if not any(grad.is_neg() or grad.is_conj() for grad in grads):
+            raise
+        for grad in grads:
+            grad.mul_(coefficient)
 
 
 def _one_matters(grads: list[Tensor]) -> bool:
