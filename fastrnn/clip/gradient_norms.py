@@ -98,11 +98,8 @@ def clip_gradients(
             )
         except CannotLaunch as error:  # which has changed nothing
             _log_once(f"gradients are clipped by torch's operations: {error}")
-    if (groups := cpu_groups(grads)) is not None and len(groups) == 1:
-        norms = torch.stack(tuple(tensor_norms(grads, norm_type, norm_dtype=norm_dtype)))
-        total_norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
-    else:
-        norms, total_norm = _mixed_norms(grads, norm_type, norm_dtype)
+    norms, in_torchs_order = _each_norm(grads, norm_type, norm_dtype)
+    total_norm: Tensor = torch.linalg.vector_norm(in_torchs_order, norm_type)
     if scale:
         coefficient = scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
     else:
@@ -110,10 +107,21 @@ def clip_gradients(
     return Clipped(total_norm, coefficient, norms)
 
 
-def _mixed_norms(
+def measure(grads: list[Tensor], norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:
+    """Return the norm of each gradient, as `clip_gradients` does, and nothing else."""
+    if can_run_kernel(grads, norm_type) is None:
+        found = clip_gradients(grads, math.inf, norm_type, scale=False, norm_dtype=norm_dtype)
+        return found.norms
+    return _each_norm(grads, norm_type, norm_dtype)[0]
+
+
+def _each_norm(
     grads: list[Tensor], norm_type: float, norm_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Return each norm, and the norm of all, of gradients of any devices and dtypes."""
+    """Return each norm, in the order given, and in that in which torch adds them up."""
+    if (groups := cpu_groups(grads)) is not None and len(groups) == 1:
+        stacked = torch.stack(tuple(tensor_norms(grads, norm_type, norm_dtype=norm_dtype)))
+        return stacked, stacked
     norms: list[Tensor] = []
     order: list[int] = []
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[list-item]
@@ -122,10 +130,10 @@ def _mixed_norms(
         order += indices
     norms = [norm.to(grads[0].device) for norm in norms]
     stacked = torch.stack(norms)
-    total_norm: Tensor = torch.linalg.vector_norm(stacked, norm_type)
-    if len(grouped) > 1:  # to index the stack would copy the indices to the device, and wait
-        stacked = torch.stack([norm for _, norm in sorted(zip(order, norms), key=_first)])
-    return stacked, total_norm
+    if len(grouped) == 1:
+        return stacked, stacked
+    # To index the stack would copy the indices to the device, and wait.
+    return torch.stack([norm for _, norm in sorted(zip(order, norms), key=_first)]), stacked
 
 
 def clip_coefficient(
@@ -225,7 +233,7 @@ def tensor_norms(
     """Return the norm of each gradient; they have one dtype and one device."""
     dtype = grads[0].dtype
     wider = None
-    if norm_dtype is not None and not dtype.is_complex:
+    if norm_dtype not in (None, dtype) and not dtype.is_complex:
         dtype = wider = torch.promote_types(dtype, norm_dtype)
     if norm_type == 2.0 and dtype in (torch.float32, torch.float64):
         long = {id(g) for g in grads if g.numel() > _LONG and g.is_contiguous()}
@@ -264,7 +272,8 @@ def scale_cpu_groups_(
         coefficient = None
     else:
         coefficient = max_norm / (total_norm + 1e-6)
-        if coefficient.item() >= 1.0:  # not so for NaN, which spreads to the gradients
+        # Far above it need not be asked for, either. NaN is not >= 1, and spreads to the gradients.
+        if not 0.98 * norm > max_norm and coefficient.item() >= 1.0:
             coefficient = None
     for grads in groups:
         if coefficient is not None:
