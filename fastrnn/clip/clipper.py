@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fastrnn.clip.clipping import clip_gradients, scale_gradients
 from fastrnn.clip.fused_step import FusedStep, why_unfused
-from fastrnn.clip.gradient_norms import Clipped, clip_coefficient, refuse_nonfinite
+from fastrnn.clip.gradient_norms import Clipped, Recorder, clip_coefficient, refuse_nonfinite
 from fastrnn.clip.groups import Group, Parameters, read_groups
 from fastrnn.clip.history import History, Ring
 from fastrnn.clip.tracing import is_recorded, outside_graphs, values_unknown
@@ -188,13 +188,17 @@ class GradientClipper:
         if not any(grads):
             return self._shaped(torch.zeros(len(grads)))
         self._refuse_recording()
-        at_once = self.percentile is None and self.nonfinite in ("keep", "zero")
-        found = self._measure(grads, scale=at_once)
+        # Of several groups none may be scaled before the last is known to be finite.
+        several = len(grads) > 1 and self.nonfinite in ("raise", "skip")
+        at_once = self.percentile is None and not several
+        found = self._measure(grads, scale=at_once, record=at_once)
         norms = _vector([clipped.total_norm for clipped in found])
         thresholds: Sequence[float | Tensor] = [group.max_norm for group in self._groups]
         if _has_value(norms):
-            thresholds = self._settle(norms, _vector([clipped.coefficient for clipped in found]))
-            if not at_once and self._refuses(norms):
+            if not found[0].recorded:
+                coefficients = _vector([clipped.coefficient for clipped in found])
+                thresholds = self._settle(norms, coefficients)
+            if self._refuses(norms):
                 for group in self._groups:
                     for parameter in group.parameters:
                         parameter.grad = None
@@ -265,7 +269,8 @@ class GradientClipper:
             return self._shaped(torch.zeros(1))
         self._refuse_recording()
         scaled = scaler is not None and scaler.is_enabled()
-        [found] = self._measure(grads, scale=False)
+        record = self.percentile is None and not scaled
+        [found] = self._measure(grads, scale=False, record=record)
         norms, coefficients = found.total_norm[None], found.coefficient[None]
         if scaler is not None and scaled:
             scale = scaler.scale(norms.new_ones(1, dtype=torch.float32))
@@ -273,14 +278,17 @@ class GradientClipper:
             self._latest = [(names, each / scale) for names, each in self._latest]
             coefficients = clip_coefficient(norms, self._groups[0].max_norm)
         if _has_value(norms):
-            [threshold] = self._settle(norms, coefficients)
+            if not found.recorded:
+                [threshold] = self._settle(norms, coefficients)
             if self.nonfinite == "raise":
                 refuse_nonfinite(norms[0], self.norm_type)
             self._refuse_more_skips()
             if self.percentile is not None:
                 coefficients = clip_coefficient(norms, threshold)
-        grad_scale: Tensor | None = coefficients[0].float().reciprocal()
-        found_inf: Tensor | None = norms[0].isfinite().logical_not().float()
+        grad_scale, found_inf = found.inverse, found.nonfinite
+        if not found.recorded:
+            grad_scale = coefficients[0].float().reciprocal()
+            found_inf = norms[0].isfinite().logical_not().float()
         if norms.is_cpu and _has_value(norms):
             grad_scale = None if coefficients.item() >= 1 else grad_scale
             found_inf = None if norms.isfinite().item() else found_inf
@@ -473,14 +481,16 @@ class GradientClipper:
         """How many parameters there are."""
         return sum(len(group.parameters) for group in self._groups)
 
-    def _measure(self, grads: list[list[Tensor]], scale: bool) -> list[Clipped]:
+    def _measure(self, grads: list[list[Tensor]], scale: bool, record: bool) -> list[Clipped]:
         """Measure each group, and scale the plain ones if asked to.
 
-        One without gradients has norm 0.
+        One without gradients has norm 0. The kernel may record the step by the way where there is
+        but one group.
         """
         found = []
         self._latest = []
         device = next(group[0].device for group in grads if group)
+        ring = self._ring.tensors_on if record and len(grads) == 1 else None
         for group, group_grads in zip(self._groups, grads):
             if not group_grads:
                 found.append(_nothing(device))
@@ -488,7 +498,7 @@ class GradientClipper:
                 names = group.names
                 if len(group_grads) < len(names):
                     names = [n for n, p in zip(names, group.parameters) if p.grad is not None]
-                found.append(self._clip_gradients(names, group_grads, group.max_norm, scale))
+                found.append(self._clip_gradients(names, group_grads, group.max_norm, scale, ring))
             else:
                 found.append(self._measure_parts(group, device))
         return found
@@ -514,7 +524,12 @@ class GradientClipper:
         return found
 
     def _clip_gradients(
-        self, names: list[str], grads: list[Tensor], max_norm: float, scale: bool
+        self,
+        names: list[str],
+        grads: list[Tensor],
+        max_norm: float,
+        scale: bool,
+        ring: Recorder | None = None,
     ) -> Clipped:
         clipped = clip_gradients(
             grads,
@@ -522,7 +537,9 @@ class GradientClipper:
             self.norm_type,
             scale=scale,
             zero_nonfinite=self.nonfinite == "zero",
+            spare_nonfinite=self.nonfinite in ("raise", "skip"),
             norm_dtype=self.norm_dtype,
+            ring=ring,
         )
         self._latest.append((names, clipped.norms))
         return clipped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.clip import gradient_norms
-from fastrnn.clip.gradient_norms import Clipped
+from fastrnn.clip.gradient_norms import Clipped, Recorder
 
 
 def why_torch(grads: Sequence[Tensor], norm_type: float) -> str | None:
@@ -29,7 +29,9 @@ def clip_gradients(
     *,
     scale: bool = True,
     zero_nonfinite: bool = False,
+    spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
+    ring: Recorder | None = None,
 ) -> Clipped:
     """Measure gradients and scale them in place; see `gradient_norms.clip_gradients`.
 
@@ -42,7 +44,9 @@ def clip_gradients(
         norm_type,
         scale=scale,
         zero_nonfinite=zero_nonfinite,
+        spare_nonfinite=spare_nonfinite,
         norm_dtype=norm_dtype,
+        ring=ring,
     )
 
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from fastrnn.clip import gradient_norms
-from fastrnn.clip.gradient_norms import Clipped, clip_coefficient
+from fastrnn.clip.gradient_norms import Clipped, Recorder, clip_coefficient
 
 _SHARDED = (Shard, _StridedShard)  # the latter: where FSDP2 shards what tensor parallelism sharded
 
@@ -62,11 +62,14 @@ def clip_gradients(
     *,
     scale: bool = True,
     zero_nonfinite: bool = False,
+    spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
+    ring: Recorder | None = None,
 ) -> Clipped:
     """Measure gradients and scale them in place; see `gradient_norms.clip_gradients`.
 
     Collective: all processes of the gradients' meshes have to call it with the same arguments.
+    Nothing is recorded here.
 
     Raises:
         NotImplementedError: :func:`why_torch` gives a reason. Nothing was communicated.
@@ -78,6 +81,8 @@ def clip_gradients(
         )
     norms = _rounded(_global_norms(grads, norm_type), grads, norm_dtype)
     total_norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    if scale and spare_nonfinite:
+        scale = math.isfinite(total_norm.item())
     if scale:
         coefficient = scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
     else:

@@ -16,8 +16,8 @@ import importlib
 import logging
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,11 +48,22 @@ class Clipped(NamedTuple):
     total_norm: of all gradients as one vector, before clipping [].
     coefficient: `min(max_norm / (total_norm + 1e-6), 1)` [].
     norms: of each gradient, before clipping, in the order given [gradients].
+    inverse: `1 / coefficient` [] float32, where the kernel has computed it.
+    nonfinite: 1 where the total norm is not finite, else 0 [] float32; where the kernel has.
+    recorded: whether the kernel has written the step to the ring that was offered.
     """
 
     total_norm: Tensor
     coefficient: Tensor
     norms: Tensor
+    inverse: Tensor | None = None
+    nonfinite: Tensor | None = None
+    recorded: bool = False
+
+
+# Called with a device, returns the tensors of a ring to which the kernel writes a step: see
+# history.Ring.tensors_on.
+Recorder: TypeAlias = Callable[[torch.device], tuple[Tensor, Tensor]]
 
 
 def clip_gradients(
@@ -62,12 +73,15 @@ def clip_gradients(
     *,
     scale: bool = True,
     zero_nonfinite: bool = False,
+    spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
+    ring: Recorder | None = None,
 ) -> Clipped:
     """Measure gradients, and scale them in place by `min(max_norm / (total_norm + 1e-6), 1)`.
 
-    `fastrnn_kernels.gradient_norm.clip_gradients` has this signature and meaning, for gradients on
-    one device. Nothing here waits for a device other than the CPU.
+    `fastrnn_kernels.gradient_norm.clip_gradients` has this meaning, for gradients on one device. A
+    launch that was refused is not tried again. Nothing here waits for a device other than the CPU,
+    but for `spare_nonfinite` where the kernel does not run.
 
     Args:
         grads: at least one, of any dtypes and devices.
@@ -76,35 +90,65 @@ def clip_gradients(
         scale: whether to scale; if not, the gradients are only read.
         zero_nonfinite: whether a total norm that is not finite sets all gradients to zero (the
             coefficient is 0) instead of scaling them like any other.
+        spare_nonfinite: whether such a norm leaves them as they are.
         norm_dtype: None rounds each norm to its gradient's own dtype, as torch does;
             `torch.float32` computes and returns those of 16-bit gradients in float32.
+        ring: to which the kernel, where it runs, writes the step.
 
     Returns:
         Total norm, coefficient, and each gradient's norm.
     """
     if can_run_kernel(grads, norm_type) is None:
-        from fastrnn_kernels.launch import CannotLaunch
-
-        try:
-            return Clipped(
-                *_kernel_module().clip_gradients(
-                    grads,
-                    max_norm,
-                    norm_type,
-                    scale=scale,
-                    zero_nonfinite=zero_nonfinite,
-                    norm_dtype=norm_dtype,
-                )
-            )
-        except CannotLaunch as error:  # which has changed nothing
-            _log_once(f"gradients are clipped by torch's operations: {error}")
+        options = {
+            "scale": scale,
+            "zero_nonfinite": zero_nonfinite,
+            "spare_nonfinite": spare_nonfinite,
+            "norm_dtype": norm_dtype,
+        }
+        found = _clip_by_kernel(grads, max_norm, norm_type, options, ring)
+        if found is not None:
+            return found
     norms, in_torchs_order = _each_norm(grads, norm_type, norm_dtype)
     total_norm: Tensor = torch.linalg.vector_norm(in_torchs_order, norm_type)
+    if scale and spare_nonfinite and not values_unknown():
+        scale = math.isfinite(total_norm.item())
     if scale:
         coefficient = scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
     else:
         coefficient = clip_coefficient(total_norm, max_norm, zero_nonfinite)
     return Clipped(total_norm, coefficient, norms)
+
+
+# Devices and variants of the kernel for which a launch was refused. To try again at each step would
+# cost a compilation each time.
+_refused: set[tuple[object, ...]] = set()
+
+
+def _clip_by_kernel(
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    options: dict[str, Any],
+    ring: Recorder | None,
+) -> Clipped | None:
+    """Clip in one launch; None where this one is refused, or was before."""
+    from fastrnn_kernels.launch import CannotLaunch
+
+    def variant() -> tuple[object, ...]:
+        dtypes = frozenset(map(_dtype, grads))
+        return grads[0].device, norm_type, dtypes, *options.values(), ring is None
+
+    if _refused and variant() in _refused:
+        return None
+    kernel = _kernel_module()
+    recorded = {} if ring is None else {"ring": kernel.Ring(*ring(grads[0].device))}
+    try:
+        found = kernel.clip_gradients(grads, max_norm, norm_type, **options, **recorded)
+    except CannotLaunch as error:  # which has changed nothing
+        _refused.add(variant())
+        _log_once(f"gradients are clipped by torch's operations: {error}")
+        return None
+    return Clipped(*found)._replace(recorded=ring is not None)
 
 
 def measure(grads: list[Tensor], norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:

@@ -81,8 +81,8 @@ class Ring:
             Rows of norm, threshold and coefficient `[capacity, groups, 3]` float32, and counts
             `[3]` int64: of steps, of those that were not finite, and of those that came last.
         """
+        self._write()
         if self._rows.device != device:
-            self._write()
             self._rows = self._rows.to(device)
             self._counts = self._counts.to(device)
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastrnn import GradientClipper
 from fastrnn.clip import clip_grad_norm as clip
 from fastrnn.clip import clip_grad_norm_, gradient_norms
+from fastrnn_kernels.gradient_norm import Ring
 from fastrnn_kernels.launch import CannotLaunch
 
 torch_clip_grad_norm_ = nn.utils.clip_grad_norm_
@@ -604,7 +605,9 @@ class TestKernel:
             *,
             scale: bool = True,
             zero_nonfinite: bool = False,
+            spare_nonfinite: bool = False,
             norm_dtype: torch.dtype | None = None,
+            ring: object = None,
         ) -> tuple[Tensor, Tensor, Tensor]:
             calls.append({"scale": scale, "zero_nonfinite": zero_nonfinite, "dtype": norm_dtype})
             norms = torch.stack([g.norm(norm_type) for g in grads])
@@ -614,7 +617,7 @@ class TestKernel:
                 torch._foreach_mul_(grads, coefficient)
             return total_norm, coefficient, norms
 
-        kernel = types.SimpleNamespace(clip_gradients=clip_gradients)
+        kernel = types.SimpleNamespace(clip_gradients=clip_gradients, Ring=Ring)
         monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
         monkeypatch.setattr(gradient_norms, "can_run_kernel", lambda grads, norm_type: None)
         monkeypatch.setattr(clip, "cpu_groups", lambda grads: None)
@@ -649,9 +652,29 @@ class TestKernel:
 
         kernel = types.SimpleNamespace(clip_gradients=refuse)
         monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
+        monkeypatch.setattr(gradient_norms, "_refused", set())
         gradient_norms._log_once.cache_clear()
-        assert_as_torch(three, 0.5)
-        assert "torch's operations: the grid is too large" in caplog.text
+        for _ in range(3):
+            assert_as_torch(three, 0.5)
+        assert caplog.text.count("torch's operations: the grid is too large") == 1
+
+    def test_a_refused_variant_is_not_tried_again_and_others_are(
+        self, launches: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried: list[object] = []
+
+        def refuse(grads: list[Tensor], max_norm: float, norm_type: float, **_: object) -> None:
+            tried.append(norm_type)
+            raise CannotLaunch("ptxas died")
+
+        kernel = types.SimpleNamespace(clip_gradients=refuse)
+        monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
+        monkeypatch.setattr(gradient_norms, "_refused", set())
+        for _ in range(3):
+            clip_grad_norm_([parameter(g) for g in three()], 0.5)
+            clip_grad_norm_([parameter(g) for g in three()], 0.5, 1.0)
+            clip_grad_norm_([parameter(g) for g in three(torch.bfloat16)], 0.5)
+        assert tried == [2.0, 1.0, 2.0]
 
     def test_says_why_it_does_not_run_here(self) -> None:
         reason = gradient_norms.can_run_kernel(three(), 2.0)
