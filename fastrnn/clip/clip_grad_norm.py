@@ -117,7 +117,7 @@ def _clip_elsewhere(
 ) -> Tensor:
     """Clip by the kernel, or DTensors by their local parts."""
     total_norm = clipping.clip_gradients(
-        grads, max_norm, norm_type, scale=not error_if_nonfinite
+        grads, max_norm, norm_type, scale=not error_if_nonfinite, checked=True
     ).total_norm
     if error_if_nonfinite:
         gradient_norms.refuse_nonfinite(total_norm, norm_type)

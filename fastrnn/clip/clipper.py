@@ -15,10 +15,17 @@ from torch.optim import LBFGS, Optimizer
 
 from fastrnn.clip.clipping import clip_gradients, scale_gradients
 from fastrnn.clip.fused_step import FusedStep, why_unfused
-from fastrnn.clip.gradient_norms import Clipped, Recorder, clip_coefficient, refuse_nonfinite
+from fastrnn.clip.gradient_norms import (
+    Clipped,
+    Recorder,
+    clip_coefficient,
+    multiply,
+    refuse_nonfinite,
+    settle_by_kernel,
+)
 from fastrnn.clip.groups import Group, Parameters, read_groups
 from fastrnn.clip.history import History, Ring
-from fastrnn.clip.tracing import is_recorded, outside_graphs, values_unknown
+from fastrnn.clip.tracing import has_value, is_recorded, outside_graphs
 
 __all__ = ["GradientClipper"]
 
@@ -194,7 +201,8 @@ class GradientClipper:
         found = self._measure(grads, scale=at_once, record=at_once)
         norms = _vector([clipped.total_norm for clipped in found])
         thresholds: Sequence[float | Tensor] = [group.max_norm for group in self._groups]
-        if _has_value(norms):
+        if has_value(norms):
+            found = self._settle_by_kernel(found)
             if not found[0].recorded:
                 coefficients = _vector([clipped.coefficient for clipped in found])
                 thresholds = self._settle(norms, coefficients)
@@ -204,6 +212,9 @@ class GradientClipper:
                         parameter.grad = None
                 self._refuse_more_skips()
                 return self._shaped(norms)
+        if not at_once and found[0].recorded:
+            multiply(grads[0], found[0], self.nonfinite == "zero")
+            return self._shaped(norms)
         for group, group_grads, clipped, threshold in zip(self._groups, grads, found, thresholds):
             if group_grads and not (at_once and group.plain):
                 self._scale(group, group_grads, clipped.total_norm, threshold)
@@ -277,19 +288,22 @@ class GradientClipper:
             norms = norms / scale
             self._latest = [(names, each / scale) for names, each in self._latest]
             coefficients = clip_coefficient(norms, self._groups[0].max_norm)
-        if _has_value(norms):
+        if has_value(norms):
+            if not scaled:
+                [found] = self._settle_by_kernel([found])
+                coefficients = found.coefficient[None]
             if not found.recorded:
                 [threshold] = self._settle(norms, coefficients)
             if self.nonfinite == "raise":
                 refuse_nonfinite(norms[0], self.norm_type)
             self._refuse_more_skips()
-            if self.percentile is not None:
+            if self.percentile is not None and not found.recorded:
                 coefficients = clip_coefficient(norms, threshold)
         grad_scale, found_inf = found.inverse, found.nonfinite
         if not found.recorded:
             grad_scale = coefficients[0].float().reciprocal()
             found_inf = norms[0].isfinite().logical_not().float()
-        if norms.is_cpu and _has_value(norms):
+        if norms.is_cpu and has_value(norms):
             grad_scale = None if coefficients.item() >= 1 else grad_scale
             found_inf = None if norms.isfinite().item() else found_inf
         step.arm(optimizer, grad_scale, found_inf if self.nonfinite == "skip" else None, scaled)
@@ -558,6 +572,21 @@ class GradientClipper:
         if grads:
             scale_gradients(grads, norm, threshold, zero)
 
+    def _settle_by_kernel(self, found: list[Clipped]) -> list[Clipped]:
+        """Let the device find the percentile and record the step, where the kernel has measured."""
+        [first, *others], [group, *_] = found, self._groups
+        if self.percentile is None or others or not group.plain:
+            return found
+        settled = settle_by_kernel(
+            first,
+            self.percentile,
+            group.max_norm,
+            self._ring.tensors_on,
+            zero_nonfinite=self.nonfinite == "zero",
+            spare_nonfinite=self.nonfinite in ("raise", "skip"),
+        )
+        return [settled or first]
+
     def _settle(self, norms: Tensor, coefficients: Tensor) -> Sequence[float | Tensor]:
         """Record a step, and return each group's threshold."""
         if self._max_norms.device != norms.device:
@@ -670,11 +699,6 @@ def _nothing(device: torch.device) -> Clipped:
     """What is found where there are no gradients."""
     zero = torch.zeros((), device=device)
     return Clipped(zero, torch.ones_like(zero), zero[None][:0])
-
-
-def _has_value(norms: Tensor) -> bool:
-    """Whether norms can be asked for, if the device lets itself be waited for."""
-    return type(norms) is Tensor and not values_unknown()
 
 
 def _all_finite(norms: Tensor) -> bool:

@@ -32,8 +32,11 @@ def clip_gradients(
     spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
     ring: Recorder | None = None,
+    checked: bool = False,
 ) -> Clipped:
     """Measure gradients and scale them in place; see `gradient_norms.clip_gradients`.
+
+    `checked` is for who has got no reason from :func:`why_torch`.
 
     Raises:
         NotImplementedError: DTensors of a kind that `distributed` does not take.
@@ -47,6 +50,7 @@ def clip_gradients(
         spare_nonfinite=spare_nonfinite,
         norm_dtype=norm_dtype,
         ring=ring,
+        checked=checked,
     )
 
 

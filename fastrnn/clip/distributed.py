@@ -65,6 +65,7 @@ def clip_gradients(
     spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
     ring: Recorder | None = None,
+    checked: bool = False,
 ) -> Clipped:
     """Measure gradients and scale them in place; see `gradient_norms.clip_gradients`.
 
@@ -74,7 +75,7 @@ def clip_gradients(
     Raises:
         NotImplementedError: :func:`why_torch` gives a reason. Nothing was communicated.
     """
-    if (reason := why_torch(grads, norm_type)) is not None:
+    if not checked and (reason := why_torch(grads, norm_type)) is not None:
         raise NotImplementedError(
             f"DTensors must be replicated, sharded or partial sums, of a norm of order above 0: "
             f"{reason}. fastrnn.clip_grad_norm_ hands such gradients to torch."

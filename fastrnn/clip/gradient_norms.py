@@ -25,8 +25,7 @@ from torch import Tensor
 # The order of torch's own groups is the order in which it sums norms of mixed dtypes.
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from fastrnn.choosing.environment import forced_backend
-from fastrnn.clip.tracing import values_unknown
+from fastrnn.clip.tracing import has_value, values_unknown
 
 # torch sums the squares of one float32 vector on one thread, in as many sums as a register has
 # lanes. Relative error on standard normals (AVX2): 1e-5 at 2**20 elements, 8e-5 at 2**22, 4e-4 at
@@ -76,6 +75,7 @@ def clip_gradients(
     spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
     ring: Recorder | None = None,
+    checked: bool = False,
 ) -> Clipped:
     """Measure gradients, and scale them in place by `min(max_norm / (total_norm + 1e-6), 1)`.
 
@@ -94,11 +94,12 @@ def clip_gradients(
         norm_dtype: None rounds each norm to its gradient's own dtype, as torch does;
             `torch.float32` computes and returns those of 16-bit gradients in float32.
         ring: to which the kernel, where it runs, writes the step.
+        checked: whether the caller has asked :func:`can_run_kernel` and got no reason.
 
     Returns:
         Total norm, coefficient, and each gradient's norm.
     """
-    if can_run_kernel(grads, norm_type) is None:
+    if checked or can_run_kernel(grads, norm_type) is None:
         options = {
             "scale": scale,
             "zero_nonfinite": zero_nonfinite,
@@ -110,7 +111,7 @@ def clip_gradients(
             return found
     norms, in_torchs_order = _each_norm(grads, norm_type, norm_dtype)
     total_norm: Tensor = torch.linalg.vector_norm(in_torchs_order, norm_type)
-    if scale and spare_nonfinite and not values_unknown():
+    if scale and spare_nonfinite and has_value(total_norm):
         scale = math.isfinite(total_norm.item())
     if scale:
         coefficient = scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
@@ -149,6 +150,55 @@ def _clip_by_kernel(
         _log_once(f"gradients are clipped by torch's operations: {error}")
         return None
     return Clipped(*found)._replace(recorded=ring is not None)
+
+
+def settle_by_kernel(
+    found: Clipped,
+    percentile: float,
+    max_norm: float,
+    ring: Recorder,
+    *,
+    zero_nonfinite: bool,
+    spare_nonfinite: bool,
+) -> Clipped | None:
+    """Record what the kernel has measured, under the threshold of a percentile, in one launch.
+
+    Returns:
+        It with the coefficient of that threshold; None where it was not the kernel that measured,
+        or a launch is refused.
+    """
+    if found.inverse is None:
+        return None
+    module = importlib.import_module("fastrnn_kernels.gradient_threshold")
+    from fastrnn_kernels.launch import CannotLaunch
+
+    variant = found.total_norm.device, found.total_norm.dtype, zero_nonfinite, spare_nonfinite
+    if variant in _refused:
+        return None
+    try:
+        settled = module.settle(
+            found.total_norm,
+            module.Ring(*ring(found.total_norm.device)),
+            percentile,
+            max_norm,
+            zero_nonfinite=zero_nonfinite,
+            spare_nonfinite=spare_nonfinite,
+        )
+    except CannotLaunch as error:
+        _refused.add(variant)
+        _log_once(f"the percentile of norms is found by torch's operations: {error}")
+        return None
+    return found._replace(coefficient=settled.coefficient, inverse=settled.inverse, recorded=True)
+
+
+def multiply(grads: list[Tensor], found: Clipped, zero_nonfinite: bool) -> None:
+    """Scale gradients on one device in place by the coefficient that was found for them."""
+    if zero_nonfinite:
+        nonfinite = found.total_norm.isfinite().logical_not()
+        for grad in grads:
+            grad.masked_fill_(nonfinite, 0.0)  # 0 * NaN is NaN
+    for (tensors,), _ in _group_tensors_by_device_and_dtype([grads]).values():  # type: ignore[list-item]
+        _multiply_(tensors, found.coefficient)  # type: ignore[arg-type]
 
 
 def measure(grads: list[Tensor], norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:
@@ -231,8 +281,6 @@ def can_run_kernel(grads: Sequence[Tensor], norm_type: float) -> str | None:
     """Why the Triton kernel cannot clip these gradients; None where it can. Never synchronises."""
     if not grads[0].is_cuda:  # so that Triton is imported for none but these
         return "the kernel runs on CUDA devices, and the first gradient is on another"
-    if forced := forced_backend():
-        return f"FASTRNN_BACKEND={forced} is set"
     if values_unknown():
         return "a graph is being recorded, or tensors are fake"
     if isinstance(kernel := _kernel_module(), str):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 P = ParamSpec("P")
@@ -37,6 +38,11 @@ def is_recorded() -> bool:
 def values_unknown() -> bool:
     """Whether a tensor may have no value: while a graph is recorded, or under FakeTensorMode."""
     return is_recorded() or (_modes() > 0 and bool(_stand_ins()))
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Whether a tensor can be asked for its value, if its device lets itself be waited for."""
+    return type(tensor) is Tensor and not values_unknown()
 
 
 def _stand_ins() -> set[str]:

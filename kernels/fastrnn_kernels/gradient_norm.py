@@ -203,18 +203,19 @@ def clip_gradients(
     norm_type = float(norm_type)
     if norm_type not in NORMS:
         raise ValueError(f"norm_type must be 1, 2 or inf, got {norm_type}")
-    # There is a plan only for gradients that can run, but for a norm that may be another one.
-    reason = None
-    if norm_type == math.inf or _plans.find(grads, programs) is None:
+
+    def check() -> None:
         reason = can_run(grads, norm_type)
-    if reason not in (None, COLD):  # of the latter tells the plan
-        raise ValueError(f"these gradients cannot be clipped by the kernel: {reason}")
+        if reason not in (None, COLD):  # of the latter tells the plan
+            raise ValueError(f"these gradients cannot be clipped by the kernel: {reason}")
+
+    if norm_type == math.inf:  # there may be a plan from a norm of another order
+        check()
     device = grads[0].device
-    plan, addresses = _plans.locate(grads, programs)
-    dtypes = set(map(_dtype, grads))
-    rounds = norm_dtype is None and not dtypes <= {torch.float32, torch.complex64}
+    plan, addresses = _plans.locate(grads, programs, check)
+    rounds = norm_dtype is None and not plan.dtypes <= {torch.float32, torch.complex64}
     if norm_dtype is None:
-        norm_dtype = functools.reduce(torch.promote_types, dtypes).to_real()
+        norm_dtype = functools.reduce(torch.promote_types, plan.dtypes).to_real()
     other_grads = [grads[i] for i in plan.others]
     own_grads = [grads[i] for i in plan.own] if other_grads else grads
     with launching(grads[0]) as failed:

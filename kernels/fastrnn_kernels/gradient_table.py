@@ -16,7 +16,7 @@ import operator
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,10 +154,12 @@ class Plan:
         programs: how many shares.
         own: which gradients of the list these are.
         others: which are left to torch.
+        dtypes: of all gradients of the list.
         bytes: of each gradient that has elements, in the order of `own` [n] int64.
         filled: which of `own` these are [n] int64; None: all.
         misaligned: bits of an address that an element's size forbids [n] int64.
         spare: pinned memory for a table that a CUDA graph reads; None where there is no GPU.
+        fitting: the addresses that were last seen to fit.
     """
 
     rows: Tensor
@@ -166,10 +168,12 @@ class Plan:
     programs: int
     own: list[int]
     others: list[int]
+    dtypes: frozenset[torch.dtype]
     bytes: Tensor
     filled: Tensor | None
     misaligned: Tensor
     spare: Tensor | None = None
+    fitting: Tensor | None = None
 
     @staticmethod
     def build(
@@ -201,6 +205,7 @@ class Plan:
             programs,
             own,
             others,
+            frozenset(map(_dtype, grads)),
             _words([sizes[i][0] * sizes[i][1] for i in filled]),
             _words(filled) if len(filled) < len(own) else None,
             _words([sizes[i][1] - 1 for i in filled]),
@@ -209,11 +214,15 @@ class Plan:
 
     def fits(self, addresses: Tensor) -> bool:
         """Whether gradients at these addresses `[own]` share no memory, and are aligned."""
-        if self.filled is not None:
-            addresses = addresses[self.filled]
-        begins, order = addresses.sort()
-        overlaps = (begins + self.bytes[order])[:-1] > begins[1:]
-        return not (overlaps.any() or (addresses & self.misaligned).any())
+        if self.fitting is not None and torch.equal(addresses, self.fitting):
+            return True
+        begins = addresses if self.filled is None else addresses[self.filled]
+        ordered, order = begins.sort()
+        overlaps = (ordered + self.bytes[order])[:-1] > ordered[1:]
+        if overlaps.any() or (begins & self.misaligned).any():
+            return False
+        self.fitting = addresses
+        return True
 
     def table(self, addresses: Tensor, device: torch.device, capturing: bool = False) -> Tensor:
         """Returns, on the device, zeros for the barrier, the addresses, and the rows.
@@ -272,11 +281,20 @@ class Plans:
         """The plan of gradients like these, if it is there."""
         return self._get(_key(grads, programs))
 
-    def locate(self, grads: Sequence[Tensor], programs: int | None = None) -> tuple[Plan, Tensor]:
-        """The plan of these gradients, made if it is new, and the addresses of `plan.own`."""
+    def locate(
+        self,
+        grads: Sequence[Tensor],
+        programs: int | None = None,
+        check: Callable[[], object] = lambda: None,
+    ) -> tuple[Plan, Tensor]:
+        """The plan of these gradients and the addresses of `plan.own`.
+
+        A plan that is new is made after `check()`, which may raise.
+        """
         key = _key(grads, programs)
         plan = self._get(key)
         if plan is None:
+            check()
             own, others = partition(grads)
             plan = self._add(key, Plan.build(grads, own, others, programs))
         addresses = _words(array("q", map(Tensor.data_ptr, grads)))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn.clip import clip_grad_norm as clip
 from fastrnn.clip import gradient_norms
-from fastrnn_kernels import gradient_norm
+from fastrnn_kernels import gradient_norm, gradient_threshold
 from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import RandomOrder, RunAhead, Schedule, cooperative
 from tests.kernels.gradient_problems import (
@@ -30,6 +30,7 @@ from tests.kernels.gradient_problems import (
 )
 
 pytestmark = pytest.mark.interpreter
+KERNEL, THRESHOLD_KERNEL = "gradient_norm_kernel", "threshold_kernel"
 
 
 @contextlib.contextmanager
@@ -78,11 +79,20 @@ def as_on_a_gpu(kernel: mock.Mock) -> Iterator[Launches]:
     def unseen(*arguments: object, **options: object) -> object:
         with torch.utils._python_dispatch._disable_current_modes():
             found = original(*arguments, **options)
-        launches.names.append("gradient_norm_kernel")
+        launches.names.append(KERNEL)
+        return found
+
+    settle = gradient_threshold.settle
+
+    def unseen_settle(*arguments: object, **options: object) -> object:
+        with torch.utils._python_dispatch._disable_current_modes():
+            found = settle(*arguments, **options)
+        launches.names.append(THRESHOLD_KERNEL)
         return found
 
     kernel._mock_wraps = unseen
     with (
+        mock.patch.object(gradient_threshold, "settle", unseen_settle),
         mock.patch.object(torch.Tensor, "is_cpu", False),
         Launches() as launches,
     ):
@@ -209,9 +219,6 @@ def test_gradient_clipper_zeroes(value: float) -> None:
     assert all(p.grad.eq(0).all() for p in parameters)
 
 
-KERNEL = "gradient_norm_kernel"
-
-
 def launches_of(call: str, optimizer: bool, **options: object) -> list[str]:
     """What the second of two steps of a clipper starts."""
     parameters = parameters_with([random(300), random(20, seed=1), random(3, seed=2)])
@@ -241,16 +248,30 @@ def test_a_clip_into_a_step_is_one_launch(nonfinite: str) -> None:
     assert launches_of("clip_into", optimizer=True, nonfinite=nonfinite) == [KERNEL]
 
 
+@pytest.mark.parametrize("into", [False, True], ids=["clip", "clip_into"])
+@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
+def test_a_percentile_is_at_most_three_launches(nonfinite: str, into: bool) -> None:
+    launches = launches_of("", optimizer=into, nonfinite=nonfinite, percentile=10)
+    started = [name for name in launches if "_local_scalar_dense" not in name]
+    scaled = [] if into else ["aten._foreach_mul_.Tensor"]
+    assert started == [KERNEL, THRESHOLD_KERNEL, *scaled]
+
+
+@pytest.mark.parametrize("percentile", [None, 30.0])
 @pytest.mark.parametrize("nonfinite", ["keep", "skip", "zero"])
 @pytest.mark.parametrize("into", [False, True], ids=["clip", "clip_into"])
-def test_the_kernel_records_what_torchs_operations_would(into: bool, nonfinite: str) -> None:
+def test_the_kernel_records_what_torchs_operations_would(
+    into: bool, nonfinite: str, percentile: float | None
+) -> None:
     if into and nonfinite == "zero":
         pytest.skip("a fused step cannot zero gradients")
 
     def steps(by_kernel: bool) -> tuple[object, tuple[int, int], int, list[Tensor]]:
         parameters = parameters_with([random(40), random(9, seed=1)])
         optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
-        clipper = fastrnn.GradientClipper(parameters, 3.0, nonfinite=nonfinite, history=4)
+        clipper = fastrnn.GradientClipper(
+            parameters, 3.0, nonfinite=nonfinite, history=4, percentile=percentile
+        )
         for step in range(6):
             for index, parameter in enumerate(parameters):
                 parameter.grad = random(*parameter.shape, seed=index + step, scale=0.3 * step)
