@@ -4,13 +4,19 @@ torch computes the norm, then multiplies every gradient by `min(max_norm / (norm
 by 1, because asking which it is would make a GPU wait. On the CPU asking is free: where nothing has
 to be clipped, the gradients are read once and never written.
 
-Results equal torch's bit by bit, with two exceptions:
+On the CPU results equal torch's bit by bit, with two exceptions:
 
 - The 2-norm of a contiguous float32 or float64 gradient of more than 2**22 elements is summed in
   chunks: on all threads where torch uses one, and more accurately (figures at
   `gradient_norms._LONG`).
 - What multiplying by one does to signalling NaNs, and to subnormal numbers under
   `torch.set_flush_denormal(True)`, does not happen where nothing is clipped.
+
+On a GPU norms are summed in another order, so that they may differ by a rounding. And of mixed
+dtypes torch's CUDA operations round the float32 coefficient to 16 bits before they multiply a
+16-bit gradient by it (`_foreach_mul_` takes its slow path there, and that `mul_`, whose scalar is a
+CUDA tensor, casts it to the gradient's dtype); the kernel multiplies in float32 and rounds once, as
+torch does on the CPU.
 
 Gradients on a CUDA device go to a Triton kernel, one launch for all of them, where
 `gradient_norms.can_run_kernel` knows no reason against it; DTensors to `distributed`, where

@@ -4,7 +4,7 @@ Gradients are laid one after another, cut into as many equal shares as there are
 share is a list of segments, each a part of one gradient. How they are cut depends on sizes and
 dtypes only, which a training loop does not change: it is worked out once, a `Plan`, and kept on the
 host. Where the gradients lie changes at nearly every step. Each launch gets their addresses, the
-plan, and the barrier's counters, all zero, by one copy from pinned memory; nothing lies on the
+plan, and the barrier's counter, zero, by one copy from pinned memory; nothing lies on the
 device between launches that somebody could lose, and no gradient is kept alive.
 
 Limits: this needs torch but not Triton; gradients of one device.
@@ -38,7 +38,7 @@ LINE_BYTES = 128
 MAX_ELEMENTS = 2**30
 # Plans kept; a training loop needs one for each list of parameters that it clips.
 MAX_PLANS = 32
-# The barrier's two counters are the first word of a table: two int32.
+# The barrier's counter is the first word of a table: an int32, and another that nobody uses.
 COUNTERS = 1
 
 _dtype = operator.attrgetter("dtype")

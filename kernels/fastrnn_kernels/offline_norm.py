@@ -32,6 +32,8 @@ from triton.compiler import ASTSource
 from .gradient_kernel import gradient_norm_kernel
 from .gradient_norm import BLOCK_BYTES, COMBINE_BLOCK, THREADS, launch_options
 from .gradient_table import KINDS, PROGRAMS_PER_MULTIPROCESSOR
+from .gradient_threshold import BLOCK as THRESHOLD_BLOCK
+from .gradient_threshold import threshold_kernel
 from .offline import (
     TARGETS,
     amd_barrier_faults,
@@ -77,7 +79,7 @@ class NormCase:
 class NormReport:
     """What the machine code of one case uses, and which rules it breaks."""
 
-    case: NormCase
+    case: NormCase | ThresholdCase
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -96,13 +98,27 @@ class NormReport:
         )
 
 
-def cases(chips: Iterable[str], *, quick: bool = False) -> list[NormCase]:
+@dataclass(frozen=True)
+class ThresholdCase:
+    """One compilation of the kernel that finds a percentile."""
+
+    chip: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """A line's beginning in the table and the snapshot."""
+        return f"{self.chip:6} percentile {self.dtype:22}"
+
+
+def cases(chips: Iterable[str], *, quick: bool = False) -> list[NormCase | ThresholdCase]:
     """Each norm and each way to round it, for each chip; with `quick` the longest kernel of each.
 
-    sm_90 has the others as well then.
+    sm_90 has the others as well then. And the percentile's kernel for each chip.
     """
-    chosen = []
+    chosen: list[NormCase | ThresholdCase] = []
     for chip in chips:
+        chosen.append(ThresholdCase(chip, "bf16"))
         chosen.append(NormCase(chip, "2", "bf16", True, True, "zero"))
         if not quick or chip == "sm_90":
             chosen.append(NormCase(chip, "2", "fp32", False, True, "spare"))
@@ -142,8 +158,52 @@ def source(case: NormCase) -> ASTSource:
     )
 
 
-def examine(case: NormCase) -> NormReport:
+def _examine_threshold(case: ThresholdCase) -> NormReport:
+    """It has one program and no barrier: nothing may be spilled, and no sum be atomic."""
+    report = NormReport(case)
+    pointers = {"counts_ptr": "*i64", "total_ptr": f"*{case.dtype}"}
+    pointers |= {"coefficient_ptr": f"*{case.dtype}"}
+    signature, compiled_in = {}, {}
+    for index, name in enumerate(threshold_kernel.arg_names):
+        if name in ("NONFINITE", "BLOCK"):
+            signature[name] = "constexpr"
+            compiled_in[(index,)] = "spare" if name == "NONFINITE" else THRESHOLD_BLOCK
+        elif name.endswith("_ptr"):
+            signature[name] = pointers.get(name, "*fp32")
+        else:
+            signature[name] = "i32" if name == "capacity" else "fp32"
+    chip = CHIPS[case.chip]
+    options = {"num_warps": THREADS // chip.warp_size}
+    ast = ASTSource(fn=threshold_kernel, signature=signature, constexprs=compiled_in)
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(ast, target=TARGETS[case.chip], options=options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        report.faults.append(f"does not compile: {type(error).__name__} {reason[-1:]}")
+        return report
+    report.seconds = time.perf_counter() - start
+    report.shared = compiled.metadata.shared
+    if "cubin" in compiled.asm:
+        code = disassemble(compiled.asm["cubin"])
+        if code is None:
+            report.faults.append("cuobjdump does not report the registers")
+            return report
+        report.registers, report.spills = code.registers, code.spills
+        report.faults += atomics_faults(compiled.asm["ptx"])
+    else:
+        report.registers, spilled, scratch = amd_usage(compiled.asm["amdgcn"])
+        report.spills = spilled + scratch
+        report.faults += atomics_faults(compiled.asm["amdgcn"])
+    if report.spills:
+        report.faults.append("spills")
+    return report
+
+
+def examine(case: NormCase | ThresholdCase) -> NormReport:
     """Compiles one case and applies the rules."""
+    if isinstance(case, ThresholdCase):
+        return _examine_threshold(case)
     report = NormReport(case)
     chip = CHIPS[case.chip]
     options = launch_options(chip.warp_size, is_nvidia=chip.architecture.startswith("sm_"))
