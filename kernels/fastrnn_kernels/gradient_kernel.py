@@ -218,7 +218,7 @@ def finite(x):
     ],
 )
 def gradient_norm_kernel(
-    table_ptr,  # int64: the barrier's counter, zero; addresses [gradients]; then Plan.rows
+    table_ptr,  # int64: see Plan.template
     partials_ptr,  # [segments] float32
     other_norms_ptr,  # [others] norms that torch has computed
     failed_ptr,  # [1] int32 in the host's memory: 1 where a wait was given up

@@ -12,6 +12,7 @@ Limits: this needs torch but not Triton; gradients of one device.
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import threading
 from array import array
@@ -35,11 +36,10 @@ SEGMENT_BYTES = 8_192
 SHARE_BYTES = 32_768
 # Cuts are at full lines of the cache; offsets inside a segment are int32.
 LINE_BYTES = 128
+COUNTER = 1  # word of a table
 MAX_ELEMENTS = 2**30
 # Plans kept; a training loop needs one for each list of parameters that it clips.
 MAX_PLANS = 32
-# The barrier's counter is the first word of a table: an int32, and another that nobody uses.
-COUNTERS = 1
 
 _dtype = operator.attrgetter("dtype")
 _shape = operator.attrgetter("shape")
@@ -143,7 +143,9 @@ class Plan:
     """How gradients of certain sizes and dtypes are shared out, and which of them.
 
     Attributes:
-        rows: int64 on the host, what follows the addresses in a table, one after another:
+        template: int64 on the host, a table without addresses, one after another:
+            the barrier's counter, an int32, and another that nobody uses [1], zero,
+            address of each gradient [gradients], still zero,
             first byte of each segment in its gradient [segments],
             gradient of each segment * 2**32 + its elements * 4 + kind [segments],
             first segment of each gradient * 4 + its kind, and the number of segments * 4
@@ -162,7 +164,7 @@ class Plan:
         fitting: the addresses that were last seen to fit.
     """
 
-    rows: Tensor
+    template: Tensor
     segments: int
     gradients: int
     programs: int
@@ -198,8 +200,9 @@ class Plan:
         rows += [first * 4 + kind for first, kind in zip(firsts, [*kinds, 0], strict=True)]
         rows += shares
         filled = [index for index, (elements, _) in enumerate(sizes) if elements]
+        template = _words([0] * (COUNTER + len(own)) + rows)
         return Plan(
-            _words(rows),
+            template,
             len(segments),
             len(own),
             programs,
@@ -209,8 +212,21 @@ class Plan:
             _words([sizes[i][0] * sizes[i][1] for i in filled]),
             _words(filled) if len(filled) < len(own) else None,
             _words([sizes[i][1] - 1 for i in filled]),
-            _memory(COUNTERS + len(own) + len(rows), device) if device.type == "cuda" else None,
+            template.pin_memory() if device.type == "cuda" else None,
         )
+
+    def table(self, grads: Sequence[Tensor]) -> Tensor:
+        """Returns the table of gradients, `own` of the list, on the host."""
+        own = [grads[i] for i in self.own] if self.others else grads
+        addresses = array("q", map(Tensor.data_ptr, own))
+        table = self.template.clone()
+        begin, length = addresses.buffer_info()
+        ctypes.memmove(table.data_ptr() + COUNTER * table.itemsize, begin, length * table.itemsize)
+        return table
+
+    def addresses(self, table: Tensor) -> Tensor:
+        """Those in a table."""
+        return table[COUNTER : COUNTER + self.gradients]
 
     def fits(self, addresses: Tensor) -> bool:
         """Whether gradients at these addresses `[own]` share no memory, and are aligned."""
@@ -224,29 +240,23 @@ class Plan:
         self.fitting = addresses
         return True
 
-    def table(self, addresses: Tensor, device: torch.device, capturing: bool = False) -> Tensor:
-        """Returns, on the device, zeros for the barrier, the addresses, and the rows.
+    def upload(self, table: Tensor, device: torch.device, capturing: bool = False) -> Tensor:
+        """Returns a table on the device; nobody waits for the copy.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, which needs memory of its own.
         """
-        length = COUNTERS + len(addresses) + len(self.rows)
-        if capturing:
-            memory, self.spare = self.spare, None
-            if memory is None:
-                raise RuntimeError(COLD)
-        else:
-            memory = _memory(length, device)
-            if device.type == "cuda" and self.spare is None:
-                self.spare = _memory(length, device)
-        memory[:COUNTERS] = 0
-        memory[COUNTERS : COUNTERS + len(addresses)] = addresses
-        memory[COUNTERS + len(addresses) :] = self.rows
         if device.type != "cuda":
-            return memory
-        if capturing:
-            _captured.append(memory)
-        return memory.to(device, non_blocking=True)
+            return table
+        if not capturing:
+            if self.spare is None:
+                self.spare = self.template.pin_memory()
+            return table.pin_memory().to(device, non_blocking=True)
+        if self.spare is None:
+            raise RuntimeError(COLD)
+        pinned, self.spare = self.spare.copy_(table), None
+        _captured.append(pinned)
+        return pinned.to(device, non_blocking=True)
 
 
 COLD = (
@@ -258,15 +268,7 @@ _captured: list[Tensor] = []
 
 
 def _words(values: Sequence[int]) -> Tensor:
-    """An int64 tensor; torch.tensor would look at each value."""
-    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else _NO_WORDS
-
-
-_NO_WORDS = torch.empty(0, dtype=torch.int64)
-
-
-def _memory(length: int, device: torch.device) -> Tensor:
-    return torch.empty(length, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return torch.tensor(values, dtype=torch.int64)
 
 
 class Plans:
@@ -275,6 +277,8 @@ class Plans:
     def __init__(self, most: int = MAX_PLANS) -> None:
         self.most = most
         self.plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        # To compare long keys costs half of what their hashes do.
+        self.latest: tuple[tuple[object, ...], Plan] | None = None
         self.lock = threading.Lock()
 
     def find(self, grads: Sequence[Tensor], programs: int | None = None) -> Plan | None:
@@ -287,7 +291,7 @@ class Plans:
         programs: int | None = None,
         check: Callable[[], object] = lambda: None,
     ) -> tuple[Plan, Tensor]:
-        """The plan of these gradients and the addresses of `plan.own`.
+        """The plan of these gradients, and their table on the host.
 
         A plan that is new is made after `check()`, which may raise.
         """
@@ -295,27 +299,30 @@ class Plans:
         plan = self._get(key)
         if plan is None:
             check()
-            own, others = partition(grads)
-            plan = self._add(key, Plan.build(grads, own, others, programs))
-        addresses = _words(array("q", map(Tensor.data_ptr, grads)))
-        own_addresses = addresses[plan.own] if plan.others else addresses
-        if not plan.fits(own_addresses):  # some share memory now, or did when the plan was made
+            plan = self._add(key, Plan.build(grads, *partition(grads), programs))
+        table = plan.table(grads)
+        if not plan.fits(plan.addresses(table)):  # some share memory, which they did not
             own, others = partition(grads)
             key = (*key, tuple(own))
             plan = self._get(key) or self._add(key, Plan.build(grads, own, others, programs))
-            own_addresses = addresses[plan.own]
-        return plan, own_addresses
+            table = plan.table(grads)
+        return plan, table
 
     def _get(self, key: tuple[object, ...]) -> Plan | None:
+        latest = self.latest
+        if latest is not None and latest[0] == key:
+            return latest[1]
         with self.lock:
             plan = self.plans.get(key)
             if plan is not None:
                 self.plans.move_to_end(key)
+                self.latest = key, plan
             return plan
 
     def _add(self, key: tuple[object, ...], plan: Plan) -> Plan:
         with self.lock:
             self.plans[key] = plan
+            self.latest = key, plan
             while len(self.plans) > self.most:
                 self.plans.popitem(last=False)
         return plan

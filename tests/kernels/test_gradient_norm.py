@@ -334,13 +334,13 @@ def test_nothing_lies_on_the_device_between_launches(
 ) -> None:
     """What a launch was given may be overwritten, as by a pool that is let go."""
     tables = []
-    table = gradient_table.Plan.table
+    upload = gradient_table.Plan.upload
 
     def keep(plan: gradient_table.Plan, *arguments: object) -> Tensor:
-        tables.append(table(plan, *arguments))
+        tables.append(upload(plan, *arguments))
         return tables[-1]
 
-    monkeypatch.setattr(gradient_table.Plan, "table", keep)
+    monkeypatch.setattr(gradient_table.Plan, "upload", keep)
     for schedule in schedules():
         check_clip(mixed(), schedule=schedule)
         tables[-1].fill_(0x7777777777777777)
@@ -418,21 +418,28 @@ def test_capture_needs_memory_that_was_there_before(
     _own_plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grads = mixed().grads
-    monkeypatch.setattr(gradient_norm, "_is_capturing", lambda device: True)
     monkeypatch.setattr(gradient_table, "_captured", [])
+    monkeypatch.setattr(gradient_norm, "_is_capturing", lambda device: True)
     assert "being captured" in can_run(grads)
-    with pytest.raises(RuntimeError, match="Clip them once before"):
-        run(grads)
-    plan = _own_plans.find(grads, 5)
-    plan.spare = torch.empty_like(plan.table(torch.zeros(5, dtype=torch.int64), grads[0].device))
-    spare = plan.spare
-    _own_plans.plans[gradient_table._key(grads, None)] = plan
+    # A GPU, as far as the plan can see; its kernel is interpreted.
+    plan, table = _own_plans.locate(grads, 5)
+    plan.spare = torch.empty_like(plan.template)
+    _own_plans._add(gradient_table._key(grads, None), plan)
     assert can_run(grads) is None
-    run(grads)
-    assert plan.spare is None  # a graph reads it from now on
-    assert gradient_table._captured == [] or gradient_table._captured[0] is spare
+    gpu = mock.Mock(type="cuda")
+    with mock.patch.object(Tensor, "to", lambda tensor, *_, **__: tensor):
+        captured = plan.upload(table, gpu, capturing=True)
+    assert captured is gradient_table._captured[0]  # a graph reads it from now on
+    assert_equal("table", captured, table)
     with pytest.raises(RuntimeError, match="Clip them once before"):
-        run(grads)
+        plan.upload(table, gpu, capturing=True)
+    assert "being captured" in can_run(grads)
+    with (
+        mock.patch.object(Tensor, "to", lambda tensor, *_, **__: tensor),
+        mock.patch.object(Tensor, "pin_memory", Tensor.clone),
+    ):
+        plan.upload(table, gpu)  # an ordinary step sets memory aside for the next capture
+    assert can_run(grads) is None
 
 
 # What is recorded.
@@ -525,9 +532,9 @@ def test_new_addresses_cost_no_line_of_python_for_each_gradient(_own_plans: Plan
         plan, _ = _own_plans.locate(old, 7)
 
         def anew(grads: list[Tensor], plan: gradient_table.Plan) -> None:
-            found, addresses = _own_plans.locate(grads, 7)
+            found, table = _own_plans.locate(grads, 7)
             assert found is plan
-            found.table(addresses, grads[0].device)
+            found.upload(table, grads[0].device)
 
         counts[gradients] = lines_run(functools.partial(anew, new, plan))
     assert counts[16] == counts[1000] < 80

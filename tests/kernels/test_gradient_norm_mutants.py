@@ -75,7 +75,7 @@ MUTANTS = [
         "tl.pointer_type(tl.int32))",
         "tl.pointer_type(tl.int32)) + 2",
     ),
-    Mutant("counters are not zero", TABLE, "memory[:COUNTERS] = 0", "memory[:COUNTERS] = 1"),
+    Mutant("the counter is not zero", TABLE, "_words([0] *", "_words([1] *"),
     # partial results
     Mutant(
         "a partial stored after the arrival",
@@ -233,7 +233,7 @@ MUTANTS = [
     Mutant(
         "memory that is shared later goes unnoticed",
         TABLE,
-        "if not plan.fits(own_addresses)",
+        "if not plan.fits(plan.addresses(table))",
         "if False",
     ),
     Mutant("dtypes are no part of the key", TABLE, "        tuple(map(_dtype, grads)),\n", ""),

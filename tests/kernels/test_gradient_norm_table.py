@@ -88,13 +88,19 @@ def test_a_small_example() -> None:
 def test_a_table_is_what_the_kernel_reads() -> None:
     grads = [torch.ones(50), torch.ones(0), torch.ones(20, dtype=torch.bfloat16)]
     grads.append(torch.ones(3, dtype=torch.float16))
-    plan, addresses = Plans().locate(grads, programs=2)
+    plan, table = Plans().locate(grads, programs=2)
     sizes = [50 * 4 + 0, (2 << 32) + 20 * 4 + 1, (3 << 32) + 3 * 4 + 2]
     firsts = [0 * 4 + 0, 1 * 4 + 0, 1 * 4 + 1, 2 * 4 + 2, 3 * 4]
     assert (plan.segments, plan.gradients, plan.programs) == (3, 4, 2)
-    assert plan.rows.tolist() == [0, 0, 0, *sizes, *firsts, 0, 1, 3]
-    table = plan.table(addresses, torch.device("cpu"))
-    assert table.tolist() == [0, *(g.data_ptr() for g in grads), *plan.rows.tolist()]
+    assert table.tolist() == [
+        0,
+        *(grad.data_ptr() for grad in grads),
+        *(0, 0, 0),
+        *sizes,
+        *firsts,
+        *(0, 1, 3),
+    ]
+    assert plan.upload(table, torch.device("cpu")) is table
 
 
 def programs_for(*sizes: int) -> int:
