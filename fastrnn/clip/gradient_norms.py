@@ -25,6 +25,7 @@ from torch import Tensor
 # The order of torch's own groups is the order in which it sums norms of mixed dtypes.
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from fastrnn.choosing.environment import forced_backend
 from fastrnn.clip.tracing import has_value, values_unknown
 
 # torch sums the squares of one float32 vector on one thread, in as many sums as a register has
@@ -120,11 +121,6 @@ def clip_gradients(
     return Clipped(total_norm, coefficient, norms)
 
 
-# Devices and variants of the kernel for which a launch was refused. To try again at each step would
-# cost a compilation each time.
-_refused: set[tuple[object, ...]] = set()
-
-
 def _clip_by_kernel(
     grads: list[Tensor],
     max_norm: float,
@@ -132,24 +128,21 @@ def _clip_by_kernel(
     options: dict[str, Any],
     ring: Recorder | None,
 ) -> Clipped | None:
-    """Clip in one launch; None where this one is refused, or was before."""
+    """Clip in one launch; None where this one is refused, which the kernel remembers."""
     from fastrnn_kernels.launch import CannotLaunch
 
-    def variant() -> tuple[object, ...]:
-        dtypes = frozenset(map(_dtype, grads))
-        return grads[0].device, norm_type, dtypes, *options.values(), ring is None
-
-    if _refused and variant() in _refused:
-        return None
     kernel = _kernel_module()
     recorded = {} if ring is None else {"ring": kernel.Ring(*ring(grads[0].device))}
     try:
         found = kernel.clip_gradients(grads, max_norm, norm_type, **options, **recorded)
-    except CannotLaunch as error:  # which has changed nothing
-        _refused.add(variant())
-        _log_once(f"gradients are clipped by torch's operations: {error}")
+    except CannotLaunch as error:  # which has changed nothing, and was warned of
+        _log.info("gradients are clipped by torch's operations: %s", error)
         return None
     return Clipped(*found)._replace(recorded=ring is not None)
+
+
+# Devices and variants of its kernel. To try again at each step would cost a compilation each time.
+_refused_thresholds: set[tuple[object, ...]] = set()
 
 
 def settle_by_kernel(
@@ -173,7 +166,7 @@ def settle_by_kernel(
     from fastrnn_kernels.launch import CannotLaunch
 
     variant = found.total_norm.device, found.total_norm.dtype, zero_nonfinite, spare_nonfinite
-    if variant in _refused:
+    if variant in _refused_thresholds:
         return None
     try:
         settled = module.settle(
@@ -185,8 +178,8 @@ def settle_by_kernel(
             spare_nonfinite=spare_nonfinite,
         )
     except CannotLaunch as error:
-        _refused.add(variant)
-        _log_once(f"the percentile of norms is found by torch's operations: {error}")
+        _refused_thresholds.add(variant)
+        _log.warning("a percentile of norms is found by torch's operations: %s", error)
         return None
     return found._replace(coefficient=settled.coefficient, inverse=settled.inverse, recorded=True)
 
@@ -281,6 +274,8 @@ def can_run_kernel(grads: Sequence[Tensor], norm_type: float) -> str | None:
     """Why the Triton kernel cannot clip these gradients; None where it can. Never synchronises."""
     if not grads[0].is_cuda:  # so that Triton is imported for none but these
         return "the kernel runs on CUDA devices, and the first gradient is on another"
+    if forced := forced_backend():
+        return f"FASTRNN_BACKEND={forced} is set"
     if values_unknown():
         return "a graph is being recorded, or tensors are fake"
     if isinstance(kernel := _kernel_module(), str):
@@ -296,11 +291,6 @@ def _kernel_module() -> Any:
         return importlib.import_module("fastrnn_kernels.gradient_norm")
     except ImportError as error:
         return f"the kernel cannot be imported: {error}"
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.warning(message)
 
 
 def cpu_groups(grads: list[Tensor]) -> list[list[Tensor]] | None:

@@ -35,9 +35,11 @@ import torch
 import triton
 from torch import Tensor
 
+from . import trust
 from .gradient_kernel import gradient_norm_kernel
-from .gradient_table import COLD, Plans
-from .launch import launching
+from .gradient_table import COLD, KINDS, Plans
+from .launch import CannotLaunch, launching
+from .trust import NormVariant, norm_refusal, trusting
 
 THREADS = 256
 # What a program reads at a time: 64 bytes per thread, four loads.
@@ -119,7 +121,7 @@ def can_run(grads: Sequence[Tensor], norm_type: float = 2.0) -> str | None:
         plan = _plans.find(grads)
         if plan is None or plan.spare is None:
             return COLD
-    return None
+    return norm_refusal(grads[0].device)
 
 
 def _on_several_devices(grads: Sequence[Tensor]) -> bool:
@@ -191,7 +193,7 @@ def clip_gradients(
             norm is not finite, else 0; by default a new one.
         ring: where the step is recorded; None: nowhere.
         programs: how many programs share the work; by default as many as are resident at once, or
-            fewer where there is little to do.
+            fewer where there is little to do, after a check (trust.py).
 
     Returns:
         The total norm and what follows from it, and the norms of the gradients, in the order given;
@@ -220,13 +222,24 @@ def clip_gradients(
     if norm_type == math.inf:  # there may be a plan from a norm of another order
         check()
     device = grads[0].device
+    if programs is None and (refused := norm_refusal(device)) is not None:
+        raise CannotLaunch(refused)
     plan, table = _plans.locate(grads, programs, check)
     rounds = norm_dtype is None and not plan.dtypes <= {torch.float32, torch.complex64}
     if norm_dtype is None:
         norm_dtype = functools.reduce(torch.promote_types, plan.dtypes).to_real()
+    variant = None
+    if programs is None and trust._needs_trust(device):  # what is recorded is not checked by itself
+        options: dict[str, object] = {"scale": scale, "zero_nonfinite": zero_nonfinite}
+        if spare_nonfinite:
+            options["spare_nonfinite"] = True
+        if not rounds:
+            options["norm_dtype"] = torch.float32
+        kinds = tuple(sorted(plan.dtypes & KINDS.keys(), key=str)) or (torch.float32,)
+        variant = NormVariant(device, norm_type, kinds, tuple(options.items()))
     other_grads = [grads[i] for i in plan.others]
     own_grads = [grads[i] for i in plan.own] if other_grads else grads
-    with launching(grads[0]) as failed:
+    with trusting(variant), launching(grads[0]) as failed:
         table = plan.upload(table, device, _is_capturing(device))
         floats = torch.empty(plan.segments + 2, dtype=torch.float32, device=device)
         inverse, nonfinite = floats[plan.segments :].unbind()
