@@ -161,7 +161,7 @@ class _Scheduler:
 
         def program() -> None:
             # NumPy keeps this setting by context, and each greenlet has one of its own.
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 fn(**arguments)
 
         for index in np.ndindex(*grid):

@@ -4,7 +4,7 @@ torch computes the norm, then multiplies every gradient by `min(max_norm / (norm
 by 1, because asking which it is would make a GPU wait. On the CPU asking is free: where nothing has
 to be clipped, the gradients are read once and never written.
 
-Results equal torch's bit by bit, with two exceptions:
+On the CPU results equal torch's bit by bit, with two exceptions:
 
 - The 2-norm of a contiguous float32 or float64 gradient of more than 2**22 elements is summed in
   chunks: on all threads where torch uses one, and more accurately (figures at
@@ -12,10 +12,18 @@ Results equal torch's bit by bit, with two exceptions:
 - What multiplying by one does to signalling NaNs, and to subnormal numbers under
   `torch.set_flush_denormal(True)`, does not happen where nothing is clipped.
 
+On a GPU norms are summed in another order, so that they may differ by a rounding. And of mixed
+dtypes torch's CUDA operations round the float32 coefficient to 16 bits before they multiply a
+16-bit gradient by it (`_foreach_mul_` takes its slow path there, and that `mul_`, whose scalar is a
+CUDA tensor, casts it to the gradient's dtype); the kernel multiplies in float32 and rounds once, as
+torch does on the CPU.
+
 Gradients on a CUDA device go to a Triton kernel, one launch for all of them, where
 `gradient_norms.can_run_kernel` knows no reason against it; DTensors to `distributed`, where
-`why_torch` knows none. Limits: everything else, and graphs under `torch.compile`, go to torch's own
-function, unchanged.
+`why_torch` knows none. Limits: everything else, and every graph that is being recorded (`tracing`),
+go to torch's own function, unchanged. FSDP1's flat parameters look like any others and are sharded
+all the same: as torch's function does, this one takes each process's part for the whole. There,
+call `FullyShardedDataParallel.clip_grad_norm_`; FSDP2 needs nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_norm_ as _torch_clip_grad_norm_
 
-from fastrnn.clip import gradient_norms
+from fastrnn.clip import clipping, gradient_norms
 from fastrnn.clip.gradient_norms import cpu_groups, scale_cpu_groups_, tensor_norms
 
 __all__ = ["clip_grad_norm_"]
@@ -46,7 +54,9 @@ def clip_grad_norm_(
     `grad = grad * min(max_norm / (total_norm + 1e-6), 1)`, where `total_norm` is the norm of all
     gradients as one vector. Arguments, result, warnings and errors are those of
     `torch.nn.utils.clip_grad_norm_`. Every gradient's version counter rises whether or not it is
-    scaled, as it does there. Deterministic for a given number of threads.
+    scaled, as it does there. Deterministic for a given number of threads. Under FSDP1 call
+    `FullyShardedDataParallel.clip_grad_norm_` instead: of its flat parameters each process would
+    find a norm of its own, here as in torch.
 
     Args:
         parameters: a tensor or an iterable of tensors whose `.grad` is clipped; those without a
@@ -86,7 +96,7 @@ def clip_grad_norm_(
     with torch.no_grad():
         groups = cpu_groups(grads)
         if groups is None:
-            if _why_torch(grads, float(norm_type)) is not None:
+            if clipping.why_torch(grads, float(norm_type)) is not None:
                 return _torch_clip_grad_norm_(
                     parameters, max_norm, norm_type, error_if_nonfinite, foreach
                 )
@@ -108,24 +118,14 @@ def _total_norm(groups: list[list[Tensor]], norm_type: float, foreach: bool | No
     return total_norm
 
 
-def _why_torch(grads: list[Tensor], norm_type: float) -> str | None:
-    """Why torch's own function has to clip gradients that are not on the CPU; None if not."""
-    if (distributed := gradient_norms.distributed_module(grads)) is not None:
-        reason: str | None = distributed.why_torch(grads, norm_type)
-        return reason
-    return gradient_norms.can_run_kernel(grads, norm_type)
-
-
 def _clip_elsewhere(
     grads: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
     """Clip by the kernel, or DTensors by their local parts."""
-    total_norm = gradient_norms.clip_gradients(
-        grads, max_norm, norm_type, scale=not error_if_nonfinite
+    total_norm = clipping.clip_gradients(
+        grads, max_norm, norm_type, scale=not error_if_nonfinite, checked=True
     ).total_norm
     if error_if_nonfinite:
         gradient_norms.refuse_nonfinite(total_norm, norm_type)
-        gradient_norms.scale_gradients(grads, total_norm, max_norm)
-    if (distributed := gradient_norms.distributed_module(grads)) is not None:
-        total_norm = distributed.as_torch_returns(total_norm, grads)
-    return total_norm
+        clipping.scale_gradients(grads, total_norm, max_norm)
+    return clipping.as_torch_returns(total_norm, grads)

@@ -16,6 +16,7 @@ so: there, use its `FullyShardedDataParallel.clip_grad_norm_`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -26,8 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from fastrnn.clip.gradient_norms import Clipped, clip_coefficient, scale_gradients
-from fastrnn.clip.gradient_norms import clip_gradients as clip_local_gradients
+from fastrnn.clip import gradient_norms
+from fastrnn.clip.gradient_norms import Clipped, Recorder, clip_coefficient
 
 _SHARDED = (Shard, _StridedShard)  # the latter: where FSDP2 shards what tensor parallelism sharded
 
@@ -61,30 +62,45 @@ def clip_gradients(
     *,
     scale: bool = True,
     zero_nonfinite: bool = False,
+    spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
+    ring: Recorder | None = None,
+    checked: bool = False,
 ) -> Clipped:
     """Measure gradients and scale them in place; see `gradient_norms.clip_gradients`.
 
     Collective: all processes of the gradients' meshes have to call it with the same arguments.
+    Nothing is recorded here.
 
     Raises:
         NotImplementedError: :func:`why_torch` gives a reason. Nothing was communicated.
     """
-    if (reason := why_torch(grads, norm_type)) is not None:
+    if not checked and (reason := why_torch(grads, norm_type)) is not None:
         raise NotImplementedError(
             f"DTensors must be replicated, sharded or partial sums, of a norm of order above 0: "
             f"{reason}. fastrnn.clip_grad_norm_ hands such gradients to torch."
         )
-    norms = torch.stack(
-        [
-            norm.to(_norm_dtype(grad, norm_dtype))
-            for grad, norm in zip(grads, _global_norms(grads, norm_type))
-        ]
-    )
+    norms = _rounded(_global_norms(grads, norm_type), grads, norm_dtype)
     total_norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    if scale and spare_nonfinite:
+        scale = math.isfinite(total_norm.item())
     if scale:
-        scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
-    return Clipped(total_norm, clip_coefficient(total_norm, max_norm, zero_nonfinite), norms)
+        coefficient = scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
+    else:
+        coefficient = clip_coefficient(total_norm, max_norm, zero_nonfinite)
+    return Clipped(total_norm, coefficient, norms)
+
+
+def scale_gradients(
+    grads: list[Tensor], total_norm: Tensor, max_norm: float | Tensor, zero_nonfinite: bool = False
+) -> Tensor:
+    """Scale the local parts in place; see `gradient_norms.scale_gradients`."""
+    locals_ = [local_gradient(grad) for grad in grads]
+    # What autograd saves is the DTensor; the local part's version says nothing about it.
+    torch.autograd.graph.increment_version(
+        [grad for grad, local in zip(grads, locals_) if grad is not local]
+    )
+    return gradient_norms.scale_gradients(locals_, total_norm, max_norm, zero_nonfinite)
 
 
 def local_gradient(grad: Tensor) -> Tensor:
@@ -103,29 +119,29 @@ def as_torch_returns(total_norm: Tensor, grads: Sequence[Tensor]) -> Tensor:
     return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _norm_dtype(grad: Tensor, norm_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a gradient's norm."""
-    dtype = grad.dtype.to_real()
-    if norm_dtype is None or grad.is_complex():
-        return dtype
-    return torch.promote_types(dtype, norm_dtype)
+def _rounded(norms: Tensor, grads: list[Tensor], norm_dtype: torch.dtype | None) -> Tensor:
+    """Return norms rounded each to its gradient's dtype, in the dtype they are promoted to."""
+    dtypes = [grad.dtype.to_real() for grad in grads]
+    if norm_dtype is not None:
+        dtypes = [
+            dtype if grad.is_complex() else torch.promote_types(dtype, norm_dtype)
+            for dtype, grad in zip(dtypes, grads)
+        ]
+    promoted = functools.reduce(torch.promote_types, set(dtypes))
+    rounded = norms.to(promoted)
+    for dtype in set(dtypes) - {promoted}:
+        of_this = _on_device([each == dtype for each in dtypes], norms.device)
+        rounded = norms.to(dtype).to(promoted).where(of_this, rounded)
+    return rounded
 
 
-def _global_norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
-    """Return the norm of each whole gradient: in float64 where it was sharded."""
+def _global_norms(grads: list[Tensor], norm_type: float) -> Tensor:
+    """Return the norm of each whole gradient, in float32 or wider."""
     parts = [_summed_up(grad) for grad in grads]
     locals_ = [local_gradient(part) for part in parts]
-    norms = [torch.zeros((), device=part.device) for part in locals_]  # of parts without elements
-    if holding := [index for index, part in enumerate(locals_) if part.numel()]:
-        measured = clip_local_gradients(
-            [locals_[index] for index in holding],
-            math.inf,
-            norm_type,
-            scale=False,
-            norm_dtype=torch.float32,
-        ).norms
-        for index, norm in zip(holding, measured.unbind()):
-            norms[index] = norm
+    if math.isinf(norm_type):  # which an empty part does not have
+        locals_ = [part if part.numel() else part.new_zeros(1) for part in locals_]
+    norms = gradient_norms.measure(locals_, norm_type, torch.float32)
     by_mesh: dict[DeviceMesh, dict[int, set[int]]] = {}  # sharded dimensions of each gradient
     for index, part in enumerate(parts):
         if isinstance(part, DTensor) and (dimensions := _sharded_dimensions(part)):
@@ -135,16 +151,26 @@ def _global_norms(grads: list[Tensor], norm_type: float) -> list[Tensor]:
         if len(reduced) > 1 and mesh.size() == dist.get_world_size():
             reduced = set(range(mesh.ndim))
         coordinate = mesh.get_coordinate() or ()
-        contributions = [
-            norms[index].double()
-            if all(coordinate[dimension] == 0 for dimension in reduced - dimensions)
-            else norms[index].new_zeros((), dtype=torch.float64)
-            for index, dimensions in sharded.items()
+        contributes = [
+            all(coordinate[dimension] == 0 for dimension in reduced - dimensions)
+            for dimensions in sharded.values()
         ]
-        whole = _reduce(torch.stack(contributions), norm_type, mesh, sorted(reduced))
-        for index, norm in zip(sharded, whole.unbind()):
-            norms[index] = norm
+        indices = None
+        if len(sharded) < len(grads):
+            indices = _on_device([*sharded], norms.device)
+        of_mesh = norms if indices is None else norms[indices]
+        if not all(contributes):
+            of_mesh = of_mesh.where(_on_device(contributes, norms.device), 0)
+        whole = _reduce(of_mesh, norm_type, mesh, sorted(reduced))
+        norms = whole if indices is None else norms.index_copy(0, indices, whole)
     return norms
+
+
+def _on_device(values: list[int] | list[bool], device: torch.device) -> Tensor:
+    """Return a list as a tensor; nobody waits for the copy to a GPU."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 def _summed_up(grad: Tensor) -> Tensor:
@@ -166,19 +192,25 @@ def _sharded_dimensions(grad: DTensor) -> set[int]:
 
 
 def _reduce(norms: Tensor, norm_type: float, mesh: DeviceMesh, dimensions: list[int]) -> Tensor:
-    """Return the norms of the whole from the norms of the processes' parts."""
+    """Return the norms of the whole from the norms of the processes' parts.
+
+    Under CPU offload they travel on the mesh's device, and come back to that of the gradients.
+    """
     if math.isinf(norm_type):  # a maximum may lose NaN, so it travels as a flag
         nan = norms.isnan()
-        values = torch.cat((nan.double(), norms.masked_fill(nan, 0.0)))
+        values = torch.cat((nan.to(norms.dtype), norms.masked_fill(nan, 0.0)))
         operation = dist.ReduceOp.MAX
     else:
         values = norms.pow(norm_type)
         operation = dist.ReduceOp.SUM
+    if values.device.type != mesh.device_type:
+        values = values.to(mesh.device_type)
     if len(dimensions) > 1 and mesh.size() == dist.get_world_size():  # then they are all of them
         dist.all_reduce(values, operation)
     else:
         for dimension in dimensions:
             dist.all_reduce(values, operation, group=mesh.get_group(dimension))
+    values = values.to(norms.device)
     if math.isinf(norm_type):
         nan, values = values.chunk(2)
         return values.masked_fill(nan > 0, math.nan)

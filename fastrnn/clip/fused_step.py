@@ -9,7 +9,7 @@ word), so :func:`why_unfused` refuses them.
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 _FUSED: tuple[type[Optimizer], ...] = (Adam, AdamW, SGD, Adagrad)
+_MODULES = frozenset(f"torch.optim.{name}" for name in ("adam", "adamw", "sgd", "adagrad"))
+_CALLS_HOOKS = Optimizer.profile_hook_step(lambda: None).__code__  # as torch wraps every step
 _ATTRIBUTES = ("grad_scale", "found_inf")
 
 
@@ -26,7 +28,6 @@ def why_unfused(optimizer: Optimizer) -> str | None:
     Raises:
         TypeError: it is no optimizer of torch's.
     """
-    name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
@@ -34,13 +35,35 @@ def why_unfused(optimizer: Optimizer) -> str | None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, _FUSED):
         return f"{name} does not read grad_scale; Adam, AdamW, SGD and Adagrad do, with fused=True"
-    # A subclass may do what it likes in a step of its own. torch wraps the method for profiling.
-    steps = {inspect.unwrap(optimizer_class.step) for optimizer_class in _FUSED}
-    if inspect.unwrap(type(optimizer).step) not in steps:
+    if not _runs_torchs_step(optimizer):
         return f"{name} has a step of its own, which may not read grad_scale"
     if not all(group.get("fused") for group in optimizer.param_groups):
         return f"{name} reads grad_scale only with fused=True in all param groups"
     return None
+
+
+def _runs_torchs_step(optimizer: Optimizer) -> bool:
+    """Whether what runs as the optimizer's step is torch's own, with the hooks around it.
+
+    A subclass, and whoever replaces the method on the instance or the class, may do what they like
+    in it. Wrappers of torch's own run what they wrap: those for profiling, which call the hooks, of
+    LR schedulers, and of torch.compile.
+    """
+    step: Any = optimizer.step
+    hooked = False
+    while True:
+        if getattr(step, "__self__", optimizer) is not optimizer:
+            return False
+        step = getattr(step, "__func__", step)
+        module = str(getattr(step, "__globals__", {}).get("__name__"))
+        if module in _MODULES:
+            return hooked
+        attributes = getattr(step, "__dict__", {})
+        inner = attributes.get("_torchdynamo_orig_callable") or attributes.get("__wrapped__")
+        if inner is None or not module.startswith("torch."):
+            return False
+        hooked = hooked or step.__code__ is _CALLS_HOOKS
+        step = inner
 
 
 class FusedStep:
@@ -59,6 +82,7 @@ class FusedStep:
         self._grad_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
         self._new_buffers: list[Tensor] = []
+        self._times_armed = 0
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
@@ -89,6 +113,7 @@ class FusedStep:
                     "clip() and optimizer.step()"
                 )
         self._armed, self._scaled, self._by_scaler = True, scaled, False
+        self._times_armed += 1
         self._grad_scale, self._found_inf = grad_scale, found_inf
         self._new_buffers = [] if found_inf is None else _momentum_to_come(optimizer)
         if grad_scale is not None:
@@ -104,9 +129,11 @@ class FusedStep:
             for name in _ATTRIBUTES:
                 optimizer.__dict__.pop(name, None)
 
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._armed:
-            return
+            return None
         # A scaler puts its own found_inf on the optimizer. It leaves grad_scale alone where it has
         # unscaled the gradients, and replaces it by a product where it has not.
         found_inf = getattr(optimizer, "found_inf", None)
@@ -122,15 +149,30 @@ class FusedStep:
                 else "the gradients are still scaled: call clip_into(optimizer, scaler), or "
                 "scaler.unscale_(optimizer) before clip_into(optimizer)"
             )
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            self.disarm(optimizer)
-            raise RuntimeError(
-                "optimizer.step(closure) computes new gradients after clip_into; call clip_into at "
-                "the end of the closure instead"
-            )
         if self._by_scaler and self._found_inf is not None:
             theirs = torch.as_tensor(found_inf, device=self._found_inf.device)
             optimizer.found_inf = torch.maximum(theirs, self._found_inf)  # type: ignore[attr-defined]
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return None
+        return args[:1], kwargs | {"closure": self._watching(closure, optimizer)}
+
+    def _watching(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        """Return a closure that refuses to have new gradients scaled by the norm of the old."""
+        before, times_armed = _gradients_of(optimizer), self._times_armed
+
+        def run() -> Any:
+            loss = closure()
+            if self._times_armed == times_armed and _changed(before, _gradients_of(optimizer)):
+                self.disarm(optimizer)
+                raise RuntimeError(
+                    "optimizer.step(closure) computes new gradients after clip_into; call "
+                    "clip_into at the end of the closure instead, or clipper.step(optimizer, "
+                    "closure=closure)"
+                )
+            return loss
+
+        return run
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._armed:
@@ -144,6 +186,21 @@ class FusedStep:
             self._armed = False
         else:
             self.disarm(optimizer)
+
+
+def _gradients_of(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
+    """Return the optimizer's gradients, each with how often it was written."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return [(g, 0 if g is None or g.is_inference() else g._version) for g in grads]
+
+
+def _changed(
+    before: list[tuple[Tensor | None, int]], after: list[tuple[Tensor | None, int]]
+) -> bool:
+    """Whether a gradient is another tensor, or was written."""
+    return len(before) != len(after) or any(
+        old is not new or was != version for (old, was), (new, version) in zip(before, after)
+    )
 
 
 def _momentum_to_come(optimizer: Optimizer) -> list[Tensor]:

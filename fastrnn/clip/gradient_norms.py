@@ -1,9 +1,10 @@
-"""Norms of a list of gradients, and their scaling in place: what every clip is made of.
+"""Norms of this process's gradients, and their scaling in place: what every clip is made of.
 
 :func:`clip_gradients` is the seam to the Triton kernel: it does in PyTorch what the kernel's
 launcher does in one launch, and calls the launcher where :func:`can_run_kernel` knows no reason
-against it. DTensors go to `distributed`. Gradients on the CPU are asked for their norm, which
-is free there, and what nothing has to be done to is not written.
+against it. Gradients on the CPU are asked for their norm, which is free there, and what nothing has
+to be done to is not written. DTensors are for `clipping`, which chooses between this and
+`distributed`.
 
 Everything here is to be called without autograd.
 """
@@ -15,10 +16,8 @@ import importlib
 import logging
 import math
 import operator
-import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from fastrnn.choosing.environment import forced_backend
+from fastrnn.clip.tracing import has_value, values_unknown
 
 # torch sums the squares of one float32 vector on one thread, in as many sums as a register has
 # lanes. Relative error on standard normals (AVX2): 1e-5 at 2**20 elements, 8e-5 at 2**22, 4e-4 at
@@ -48,11 +48,22 @@ class Clipped(NamedTuple):
     total_norm: of all gradients as one vector, before clipping [].
     coefficient: `min(max_norm / (total_norm + 1e-6), 1)` [].
     norms: of each gradient, before clipping, in the order given [gradients].
+    inverse: `1 / coefficient` [] float32, where the kernel has computed it.
+    nonfinite: 1 where the total norm is not finite, else 0 [] float32; where the kernel has.
+    recorded: whether the kernel has written the step to the ring that was offered.
     """
 
     total_norm: Tensor
     coefficient: Tensor
     norms: Tensor
+    inverse: Tensor | None = None
+    nonfinite: Tensor | None = None
+    recorded: bool = False
+
+
+# Called with a device, returns the tensors of a ring to which the kernel writes a step: see
+# history.Ring.tensors_on.
+Recorder: TypeAlias = Callable[[torch.device], tuple[Tensor, Tensor]]
 
 
 def clip_gradients(
@@ -62,60 +73,47 @@ def clip_gradients(
     *,
     scale: bool = True,
     zero_nonfinite: bool = False,
+    spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
+    ring: Recorder | None = None,
+    checked: bool = False,
 ) -> Clipped:
     """Measure gradients, and scale them in place by `min(max_norm / (total_norm + 1e-6), 1)`.
 
-    `fastrnn_kernels.gradient_norm.clip_gradients` has this signature and meaning, for gradients on
-    one device. Nothing here waits for a device other than the CPU.
+    `fastrnn_kernels.gradient_norm.clip_gradients` has this meaning, for gradients on one device. A
+    launch that was refused is not tried again. Nothing here waits for a device other than the CPU,
+    but for `spare_nonfinite` where the kernel does not run.
 
     Args:
-        grads: at least one, of any dtypes and devices; DTensors too.
+        grads: at least one, of any dtypes and devices.
         max_norm: the largest norm allowed.
         norm_type: the order of the norm.
         scale: whether to scale; if not, the gradients are only read.
         zero_nonfinite: whether a total norm that is not finite sets all gradients to zero (the
             coefficient is 0) instead of scaling them like any other.
+        spare_nonfinite: whether such a norm leaves them as they are.
         norm_dtype: None rounds each norm to its gradient's own dtype, as torch does;
             `torch.float32` computes and returns those of 16-bit gradients in float32.
+        ring: to which the kernel, where it runs, writes the step.
+        checked: whether the caller has asked :func:`can_run_kernel` and got no reason.
 
     Returns:
         Total norm, coefficient, and each gradient's norm.
-
-    Raises:
-        NotImplementedError: DTensors of a kind that `distributed` does not take.
     """
-    if (distributed := distributed_module(grads)) is not None:
-        found: Clipped = distributed.clip_gradients(
-            grads,
-            max_norm,
-            norm_type,
-            scale=scale,
-            zero_nonfinite=zero_nonfinite,
-            norm_dtype=norm_dtype,
-        )
-        return found
-    if can_run_kernel(grads, norm_type) is None:
-        from fastrnn_kernels.launch import CannotLaunch
-
-        try:
-            return Clipped(
-                *_kernel_module().clip_gradients(
-                    grads,
-                    max_norm,
-                    norm_type,
-                    scale=scale,
-                    zero_nonfinite=zero_nonfinite,
-                    norm_dtype=norm_dtype,
-                )
-            )
-        except CannotLaunch as error:  # which has changed nothing
-            _log_once(f"gradients are clipped by torch's operations: {error}")
-    if (groups := cpu_groups(grads)) is not None and len(groups) == 1:
-        norms = torch.stack(tuple(tensor_norms(grads, norm_type, norm_dtype=norm_dtype)))
-        total_norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
-    else:
-        norms, total_norm = _mixed_norms(grads, norm_type, norm_dtype)
+    if checked or can_run_kernel(grads, norm_type) is None:
+        options = {
+            "scale": scale,
+            "zero_nonfinite": zero_nonfinite,
+            "spare_nonfinite": spare_nonfinite,
+            "norm_dtype": norm_dtype,
+        }
+        found = _clip_by_kernel(grads, max_norm, norm_type, options, ring)
+        if found is not None:
+            return found
+    norms, in_torchs_order = _each_norm(grads, norm_type, norm_dtype)
+    total_norm: Tensor = torch.linalg.vector_norm(in_torchs_order, norm_type)
+    if scale and spare_nonfinite and has_value(total_norm):
+        scale = math.isfinite(total_norm.item())
     if scale:
         coefficient = scale_gradients(grads, total_norm, max_norm, zero_nonfinite)
     else:
@@ -123,10 +121,94 @@ def clip_gradients(
     return Clipped(total_norm, coefficient, norms)
 
 
-def _mixed_norms(
+def _clip_by_kernel(
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    options: dict[str, Any],
+    ring: Recorder | None,
+) -> Clipped | None:
+    """Clip in one launch; None where this one is refused, which the kernel remembers."""
+    from fastrnn_kernels.launch import CannotLaunch
+
+    kernel = _kernel_module()
+    recorded = {} if ring is None else {"ring": kernel.Ring(*ring(grads[0].device))}
+    try:
+        found = kernel.clip_gradients(grads, max_norm, norm_type, **options, **recorded)
+    except CannotLaunch as error:  # which has changed nothing, and was warned of
+        _log.info("gradients are clipped by torch's operations: %s", error)
+        return None
+    return Clipped(*found)._replace(recorded=ring is not None)
+
+
+# Devices and variants of its kernel. To try again at each step would cost a compilation each time.
+_refused_thresholds: set[tuple[object, ...]] = set()
+
+
+def settle_by_kernel(
+    found: Clipped,
+    percentile: float,
+    max_norm: float,
+    ring: Recorder,
+    *,
+    zero_nonfinite: bool,
+    spare_nonfinite: bool,
+) -> Clipped | None:
+    """Record what the kernel has measured, under the threshold of a percentile, in one launch.
+
+    Returns:
+        It with the coefficient of that threshold; None where it was not the kernel that measured,
+        or a launch is refused.
+    """
+    if found.inverse is None:
+        return None
+    module = importlib.import_module("fastrnn_kernels.gradient_threshold")
+    from fastrnn_kernels.launch import CannotLaunch
+
+    variant = found.total_norm.device, found.total_norm.dtype, zero_nonfinite, spare_nonfinite
+    if variant in _refused_thresholds:
+        return None
+    try:
+        settled = module.settle(
+            found.total_norm,
+            module.Ring(*ring(found.total_norm.device)),
+            percentile,
+            max_norm,
+            zero_nonfinite=zero_nonfinite,
+            spare_nonfinite=spare_nonfinite,
+        )
+    except CannotLaunch as error:
+        _refused_thresholds.add(variant)
+        _log.warning("a percentile of norms is found by torch's operations: %s", error)
+        return None
+    return found._replace(coefficient=settled.coefficient, inverse=settled.inverse, recorded=True)
+
+
+def multiply(grads: list[Tensor], found: Clipped, zero_nonfinite: bool) -> None:
+    """Scale gradients on one device in place by the coefficient that was found for them."""
+    if zero_nonfinite:
+        nonfinite = found.total_norm.isfinite().logical_not()
+        for grad in grads:
+            grad.masked_fill_(nonfinite, 0.0)  # 0 * NaN is NaN
+    for (tensors,), _ in _group_tensors_by_device_and_dtype([grads]).values():  # type: ignore[list-item]
+        _multiply_(tensors, found.coefficient)  # type: ignore[arg-type]
+
+
+def measure(grads: list[Tensor], norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:
+    """Return the norm of each gradient, as `clip_gradients` does, and nothing else."""
+    if can_run_kernel(grads, norm_type) is None:
+        found = clip_gradients(grads, math.inf, norm_type, scale=False, norm_dtype=norm_dtype)
+        return found.norms
+    return _each_norm(grads, norm_type, norm_dtype)[0]
+
+
+def _each_norm(
     grads: list[Tensor], norm_type: float, norm_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Return each norm, and the norm of all, of gradients of any devices and dtypes."""
+    """Return each norm, in the order given, and in that in which torch adds them up."""
+    if (groups := cpu_groups(grads)) is not None and len(groups) == 1:
+        stacked = torch.stack(tuple(tensor_norms(grads, norm_type, norm_dtype=norm_dtype)))
+        return stacked, stacked
     norms: list[Tensor] = []
     order: list[int] = []
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[list-item]
@@ -135,10 +217,10 @@ def _mixed_norms(
         order += indices
     norms = [norm.to(grads[0].device) for norm in norms]
     stacked = torch.stack(norms)
-    total_norm: Tensor = torch.linalg.vector_norm(stacked, norm_type)
-    if len(grouped) > 1:  # to index the stack would copy the indices to the device, and wait
-        stacked = torch.stack([norm for _, norm in sorted(zip(order, norms), key=_first)])
-    return stacked, total_norm
+    if len(grouped) == 1:
+        return stacked, stacked
+    # To index the stack would copy the indices to the device, and wait.
+    return torch.stack([norm for _, norm in sorted(zip(order, norms), key=_first)]), stacked
 
 
 def clip_coefficient(
@@ -147,7 +229,7 @@ def clip_coefficient(
     """Return `min(max_norm / (total_norm + 1e-6), 1)`; with `zero_nonfinite` 0 for inf and NaN."""
     coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
     if zero_nonfinite:
-        coefficient = coefficient.where(total_norm.isfinite(), 0.0)
+        coefficient = coefficient.masked_fill(total_norm.isfinite().logical_not(), 0.0)
     return coefficient
 
 
@@ -155,16 +237,10 @@ def scale_gradients(
     grads: list[Tensor], total_norm: Tensor, max_norm: float | Tensor, zero_nonfinite: bool = False
 ) -> Tensor:
     """Scale gradients in place whose `total_norm` is known; return the coefficient `[]`."""
-    if (distributed := distributed_module(grads)) is not None:
-        locals_ = [distributed.local_gradient(grad) for grad in grads]
-        # What autograd saves is the DTensor; the local part's version says nothing about it.
-        torch.autograd.graph.increment_version(
-            [grad for grad, local in zip(grads, locals_) if grad is not local]
-        )
-        grads = locals_
     if (groups := cpu_groups(grads)) is not None:
         if zero_nonfinite and not math.isfinite(total_norm.item()):
-            torch._foreach_zero_(grads)
+            for grad in grads:
+                grad.zero_()
             return torch.zeros_like(total_norm)
         scaled_by = scale_cpu_groups_(groups, total_norm, float(max_norm))
         return torch.ones_like(total_norm) if scaled_by is None else scaled_by
@@ -172,7 +248,7 @@ def scale_gradients(
     nonfinite = total_norm.isfinite().logical_not() if zero_nonfinite else None
     grouped = _group_tensors_by_device_and_dtype([grads])  # type: ignore[list-item]
     for (device, _), ((tensors,), _) in grouped.items():
-        torch._foreach_mul_(tensors, coefficient.to(device))  # type: ignore[arg-type]
+        _multiply_(tensors, coefficient.to(device))  # type: ignore[arg-type]
         if nonfinite is not None:  # 0 * NaN is NaN
             for tensor in tensors:
                 tensor.masked_fill_(nonfinite.to(device), 0.0)  # type: ignore[union-attr]
@@ -200,6 +276,8 @@ def can_run_kernel(grads: Sequence[Tensor], norm_type: float) -> str | None:
         return "the kernel runs on CUDA devices, and the first gradient is on another"
     if forced := forced_backend():
         return f"FASTRNN_BACKEND={forced} is set"
+    if values_unknown():
+        return "a graph is being recorded, or tensors are fake"
     if isinstance(kernel := _kernel_module(), str):
         return kernel
     reason: str | None = kernel.can_run(grads, norm_type)
@@ -215,24 +293,12 @@ def _kernel_module() -> Any:
         return f"the kernel cannot be imported: {error}"
 
 
-def distributed_module(grads: Sequence[Tensor]) -> ModuleType | None:
-    """Return `distributed` where a gradient is a DTensor."""
-    if set(map(type, grads)) == {Tensor}:
-        return None
-    dtensor = sys.modules.get("torch.distributed.tensor")  # not imported: there can be none
-    if dtensor is None or not any(isinstance(grad, dtensor.DTensor) for grad in grads):
-        return None
-    return importlib.import_module("fastrnn.clip.distributed")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.warning(message)
-
-
 def cpu_groups(grads: list[Tensor]) -> list[list[Tensor]] | None:
-    """Return the gradients by dtype; None where one of them is not a plain tensor on the CPU."""
-    if set(map(type, grads)) != {Tensor} or not all(map(_is_cpu, grads)):
+    """Return the gradients by dtype.
+
+    None where one of them is not a plain tensor on the CPU, or has no value to be asked for.
+    """
+    if set(map(type, grads)) != {Tensor} or not all(map(_is_cpu, grads)) or values_unknown():
         return None
     if len(set(map(_dtype, grads))) == 1:
         return [grads]
@@ -249,7 +315,7 @@ def tensor_norms(
     """Return the norm of each gradient; they have one dtype and one device."""
     dtype = grads[0].dtype
     wider = None
-    if norm_dtype is not None and not dtype.is_complex:
+    if norm_dtype not in (None, dtype) and not dtype.is_complex:
         dtype = wider = torch.promote_types(dtype, norm_dtype)
     if norm_type == 2.0 and dtype in (torch.float32, torch.float64):
         long = {id(g) for g in grads if g.numel() > _LONG and g.is_contiguous()}
@@ -288,16 +354,29 @@ def scale_cpu_groups_(
         coefficient = None
     else:
         coefficient = max_norm / (total_norm + 1e-6)
-        if coefficient.item() >= 1.0:  # not so for NaN, which spreads to the gradients
+        # Far above it need not be asked for, either. NaN is not >= 1, and spreads to the gradients.
+        if not 0.98 * norm > max_norm and coefficient.item() >= 1.0:
             coefficient = None
     for grads in groups:
         if coefficient is not None:
-            torch._foreach_mul_(grads, coefficient)
+            _multiply_(grads, coefficient)
         elif _one_matters(grads):
-            torch._foreach_mul_(grads, torch.ones_like(total_norm))
+            _multiply_(grads, torch.ones_like(total_norm))
         else:
             torch.autograd.graph.increment_version(grads)
     return coefficient
+
+
+def _multiply_(grads: list[Tensor], coefficient: Tensor) -> None:
+    """Multiply gradients of one device and dtype in place."""
+    try:
+        torch._foreach_mul_(grads, coefficient)
+    except RuntimeError:
+        # Before it does anything it refuses what is negated or conjugated only when it is read.
+        if not any(grad.is_neg() or grad.is_conj() for grad in grads):
+            raise
+        for grad in grads:
+            grad.mul_(coefficient)
 
 
 def _one_matters(grads: list[Tensor]) -> bool:

@@ -89,6 +89,14 @@ def split_segment(address, elements, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def find_segment(addresses_ptr, offsets_ptr, sizes_ptr, segment):
+    """Address, elements and kind of a segment."""
+    size = tl.load(sizes_ptr + segment)
+    address = tl.load(addresses_ptr + (size >> 32)) + tl.load(offsets_ptr + segment)
+    return address, ((size & 0xFFFFFFFF) >> 2).to(tl.int32), size & 3
+
+
+@triton.jit
 def edge_offsets(head, body, elements, VECTOR: tl.constexpr):
     """Offsets of the head, then of what follows the body, and which of them exist."""
     lane = tl.arange(0, 2 * VECTOR)
@@ -131,10 +139,10 @@ def fold_segment(
 
 
 @triton.jit
-def scale_block(ptr, mask, coefficient, is_finite, ZERO_NONFINITE: tl.constexpr):
+def scale_block(ptr, mask, coefficient, is_finite, NONFINITE: tl.constexpr):
     """Multiplies elements by the coefficient, in float32."""
     wanted = mask
-    if ZERO_NONFINITE:
+    if NONFINITE == "zero":
         # What is not read is 0, and stays it; 0 * NaN would not.
         wanted = mask & is_finite
     values = tl.load(ptr, mask=wanted, other=0.0)
@@ -148,7 +156,7 @@ def scale_segment(
     coefficient,
     is_finite,
     dtype: tl.constexpr,
-    ZERO_NONFINITE: tl.constexpr,
+    NONFINITE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
     """Rescales a segment from its last block to its first: the last was read most recently."""
@@ -160,45 +168,77 @@ def scale_segment(
     blocks = tl.cdiv(body, BLOCK)
     for block in range(blocks):
         offsets = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        scale_block(body_ptr + offsets, offsets < body, coefficient, is_finite, ZERO_NONFINITE)
+        scale_block(body_ptr + offsets, offsets < body, coefficient, is_finite, NONFINITE)
     lanes, mask = edge_offsets(head, body, elements, VECTOR)
-    scale_block(ptr + lanes, mask, coefficient, is_finite, ZERO_NONFINITE)
+    scale_block(ptr + lanes, mask, coefficient, is_finite, NONFINITE)
 
 
 @triton.jit
-def leave(arrivals_ptr, participants):
-    """Sets both counters of the barrier back to zero, once everyone has passed its last wait."""
-    # The threads get the count through shared memory, which sums before and after use as well.
-    tl.debug_barrier()
-    left = tl.atomic_add(arrivals_ptr + 1, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    if left == participants - 1:
-        tl.store(arrivals_ptr, 0)
-        tl.store(arrivals_ptr + 1, 0)
+def record_step(rows_ptr, counts_ptr, capacity, total, max_norm, coefficient, is_finite):
+    """Writes a step to a ring: norm, threshold, coefficient; and counts it.
+
+    Counts are of steps, of those that were not finite, and of such that came last, in a row.
+    """
+    steps = tl.load(counts_ptr)
+    row_ptr = rows_ptr + steps % capacity * 3
+    tl.store(row_ptr, total)
+    tl.store(row_ptr + 1, max_norm)
+    tl.store(row_ptr + 2, coefficient)
+    nonfinite = tl.where(is_finite, 0, 1)
+    tl.store(counts_ptr, steps + 1)
+    tl.store(counts_ptr + 1, tl.load(counts_ptr + 1) + nonfinite)
+    tl.store(counts_ptr + 2, (tl.load(counts_ptr + 2) + 1) * nonfinite)
+
+
+@triton.jit
+def coefficient_of(total, max_norm, norm_dtype: tl.constexpr):
+    """min(max_norm / (total + 1e-6), 1) by torch's own steps, each rounded to the norm's dtype."""
+    denominator = (total + 1e-6).to(norm_dtype).to(tl.float32)
+    reciprocal = tl.div_rn(1.0, denominator).to(norm_dtype).to(tl.float32)
+    coefficient = (reciprocal * max_norm).to(norm_dtype).to(tl.float32)
+    return tl.where(coefficient >= 1.0, 1.0, coefficient)
+
+
+@triton.jit
+def finite(x):
+    """Whether a float32 is neither infinite nor NaN, by its bits: NaN's are larger than inf's."""
+    return tl.abs(x).to(tl.int32, bitcast=True) < 0x7F800000
 
 
 @triton.jit(
-    do_not_specialize=["segments", "gradients", "others", "max_norm"],
-    do_not_specialize_on_alignment=["nonfinite_ptr"],
+    do_not_specialize=["segments", "gradients", "others", "max_norm", "capacity"],
+    do_not_specialize_on_alignment=[
+        "norms_ptr",
+        "total_ptr",
+        "coefficient_ptr",
+        "inverse_ptr",
+        "nonfinite_ptr",
+        "rows_ptr",
+        "counts_ptr",
+    ],
 )
 def gradient_norm_kernel(
-    table_ptr,  # int64: see Table
+    table_ptr,  # int64: see Plan.template
     partials_ptr,  # [segments] float32
     other_norms_ptr,  # [others] norms that torch has computed
-    arrivals_ptr,  # [2] int32, zero before and after
     failed_ptr,  # [1] int32 in the host's memory: 1 where a wait was given up
     norms_ptr,  # [gradients], of the norm's dtype
     total_ptr,  # [], of the norm's dtype
     coefficient_ptr,  # [], of the norm's dtype
+    inverse_ptr,  # [] float32: 1 / coefficient
     nonfinite_ptr,  # [] float32: 1 where the norm is NaN or infinite, else 0
+    rows_ptr,  # [capacity, 3] float32: norm, threshold and coefficient of the latest steps
+    counts_ptr,  # [3] int64: see record_step
     segments,
     gradients,
     others,
     max_norm,
+    capacity,
     NORM: tl.constexpr,
     ROUND_NORMS: tl.constexpr,
     SCALE: tl.constexpr,
-    ZERO_NONFINITE: tl.constexpr,
+    NONFINITE: tl.constexpr,
+    RECORD: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     COMBINE_BLOCK: tl.constexpr,
 ):
@@ -209,10 +249,16 @@ def gradient_norm_kernel(
     same total from all partials, in the same order, hence bit-equal. With ROUND_NORMS, which is
     what torch does to 16-bit gradients, the total is that of rounded norms: program p computes
     those of gradients p, p + programs, ..., and a second barrier follows.
+
+    NONFINITE says what a norm that is not finite does: "scale" like any other, "zero" all
+    gradients, or "spare" them, as a step that is not taken.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    sizes_ptr = table_ptr + segments
+    arrivals_ptr = table_ptr.to(tl.pointer_type(tl.int32))
+    addresses_ptr = table_ptr + 1
+    offsets_ptr = addresses_ptr + gradients
+    sizes_ptr = offsets_ptr + segments
     gradients_ptr = sizes_ptr + segments
     shares_ptr = gradients_ptr + gradients + 1
     first = tl.load(shares_ptr + program).to(tl.int32)
@@ -220,10 +266,7 @@ def gradient_norm_kernel(
     norm_dtype: tl.constexpr = total_ptr.dtype.element_ty
 
     for segment in range(first, last):
-        address = tl.load(table_ptr + segment)
-        size = tl.load(sizes_ptr + segment)
-        kind = size % 4
-        elements = (size // 4).to(tl.int32)
+        address, elements, kind = find_segment(addresses_ptr, offsets_ptr, sizes_ptr, segment)
         if kind == 0:
             partial = fold_segment(address, elements, tl.float32, NORM, BLOCK_BYTES)
         elif kind == 1:
@@ -254,7 +297,6 @@ def gradient_norm_kernel(
         total = fold_array(norms_ptr, 0, gradients, NORM, COMBINE_BLOCK)
     else:
         total = fold_partials(partials_ptr, 0, segments, NORM, COMBINE_BLOCK)
-    leave(arrivals_ptr, programs)
     if others > 0:
         of_others = fold_array(other_norms_ptr, 0, others, NORM, COMBINE_BLOCK)
         if NORM == "inf":
@@ -262,29 +304,30 @@ def gradient_norm_kernel(
         else:
             total += of_others
 
-    # torch's own steps, each rounded to the dtype of the norm.
     total = root(total, NORM).to(norm_dtype).to(tl.float32)
-    denominator = (total + 1e-6).to(norm_dtype).to(tl.float32)
-    reciprocal = tl.div_rn(1.0, denominator).to(norm_dtype).to(tl.float32)
-    coefficient = (reciprocal * max_norm).to(norm_dtype).to(tl.float32)
-    coefficient = tl.where(coefficient >= 1.0, 1.0, coefficient)
-    # By its bits: NaN's are larger than those of inf.
-    is_finite = tl.abs(total).to(tl.int32, bitcast=True) < 0x7F800000
-    if ZERO_NONFINITE:
+    coefficient = coefficient_of(total, max_norm, norm_dtype)
+    is_finite = finite(total)
+    if NONFINITE == "zero":
         coefficient = tl.where(is_finite, coefficient, 0.0)
     if program == 0:
         tl.store(total_ptr, total.to(norm_dtype))
         tl.store(coefficient_ptr, coefficient.to(norm_dtype))
+        tl.store(inverse_ptr, tl.div_rn(1.0, coefficient))
         tl.store(nonfinite_ptr, tl.where(is_finite, 0.0, 1.0))
+        if RECORD:
+            recorded = coefficient
+            if NONFINITE == "spare":
+                recorded = tl.where(is_finite, coefficient, float("nan"))
+            record_step(rows_ptr, counts_ptr, capacity, total, max_norm, recorded, is_finite)
 
     # NaN must scale too: it is not >= 1, and not < 1 either.
-    if SCALE and not (coefficient >= 1.0):
+    wanted = not (coefficient >= 1.0)
+    if NONFINITE == "spare":
+        wanted = wanted & is_finite
+    if SCALE and wanted:
         for back in range(last - first):
             segment = last - 1 - back
-            address = tl.load(table_ptr + segment)
-            size = tl.load(sizes_ptr + segment)
-            kind = size % 4
-            elements = (size // 4).to(tl.int32)
+            address, elements, kind = find_segment(addresses_ptr, offsets_ptr, sizes_ptr, segment)
             if kind == 0:
                 scale_segment(
                     address,
@@ -292,7 +335,7 @@ def gradient_norm_kernel(
                     coefficient,
                     is_finite,
                     tl.float32,
-                    ZERO_NONFINITE,
+                    NONFINITE,
                     BLOCK_BYTES,
                 )
             elif kind == 1:
@@ -302,7 +345,7 @@ def gradient_norm_kernel(
                     coefficient,
                     is_finite,
                     tl.bfloat16,
-                    ZERO_NONFINITE,
+                    NONFINITE,
                     BLOCK_BYTES,
                 )
             else:
@@ -312,6 +355,6 @@ def gradient_norm_kernel(
                     coefficient,
                     is_finite,
                     tl.float16,
-                    ZERO_NONFINITE,
+                    NONFINITE,
                     BLOCK_BYTES,
                 )

@@ -35,8 +35,9 @@ import torch
 import triton
 from torch import Tensor
 
+from . import trust
 from .gradient_kernel import gradient_norm_kernel
-from .gradient_table import KINDS, Table, Tables
+from .gradient_table import COLD, KINDS, Plans
 from .launch import CannotLaunch, launching
 from .trust import NormVariant, norm_refusal, trusting
 
@@ -45,31 +46,47 @@ THREADS = 256
 BLOCK_BYTES = 16_384
 COMBINE_BLOCK = 1024
 # With at most 64 registers a thread, four programs fit a multiprocessor of every NVIDIA chip since
-# sm_80, so that it has 64 KB under way; gradient_table.PROGRAMS_PER_MULTIPROCESSOR counts on it.
-# AMD's compiler has no such option, and 128 registers a thread for as many programs.
+# sm_80; gradient_table.PROGRAMS_PER_MULTIPROCESSOR asks for half of that, so that it has 32 KB
+# under way, and room for what else is resident. AMD's compiler has no such option, and 128
+# registers a thread for as many programs.
 MAX_REGISTERS = 64
 NORMS = {1.0: "1", 2.0: "2", math.inf: "inf"}
 
 
 class Clipping(NamedTuple):
-    """What a clip measured, all on the gradients' device and of one dtype.
+    """What a clip measured, all on the gradients' device.
 
     total_norm: before clipping [].
-    coefficient: what the gradients were, or are to be, multiplied by [].
-    norms: of each gradient, before clipping [gradients].
+    coefficient: what the gradients were, or are to be, multiplied by []; of the norm's dtype.
+    norms: of each gradient, before clipping [gradients]; of the norm's dtype.
+    inverse: 1 / coefficient [] float32, what fused optimizers take as `grad_scale`.
+    nonfinite: 1 where the total norm is not finite, else 0 [] float32: their `found_inf`.
     """
 
     total_norm: Tensor
     coefficient: Tensor
     norms: Tensor
+    inverse: Tensor
+    nonfinite: Tensor
 
 
-_tables = Tables()
-# The barrier's counters of each stream; its kernels run one after another, and each leaves zeros.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+class Ring(NamedTuple):
+    """Where a launch writes what it did.
+
+    rows: norm, threshold and coefficient of the latest steps [capacity, 3] float32; step s is
+        written to row s % capacity.
+    counts: of steps, of those that were not finite, and of such that came last, in a row [3] int64.
+    """
+
+    rows: Tensor
+    counts: Tensor
+
+
+_plans = Plans()
 _dtype = operator.attrgetter("dtype")
 _device = operator.attrgetter("device")
 _layout = operator.attrgetter("layout")
+_is_cuda = operator.attrgetter("is_cuda")
 
 
 def can_run(grads: Sequence[Tensor], norm_type: float = 2.0) -> str | None:
@@ -88,7 +105,8 @@ def can_run(grads: Sequence[Tensor], norm_type: float = 2.0) -> str | None:
         return f"the kernel takes plain tensors, not {names}"
     if set(map(_layout, grads)) != {torch.strided}:
         return "the kernel takes dense gradients, not sparse ones"
-    if len(devices := set(map(_device, grads))) > 1:
+    if _on_several_devices(grads):
+        devices = set(map(_device, grads))
         return f"the gradients are on several devices: {', '.join(sorted(map(str, devices)))}"
     if (reason := _cannot_run_on(grads[0].device)) is not None:
         return reason
@@ -99,16 +117,17 @@ def can_run(grads: Sequence[Tensor], norm_type: float = 2.0) -> str | None:
         return "an empty gradient has no norm of order inf"
     if any(map(Tensor.is_inference, grads)):
         return "gradients made in inference mode have no version counter"
-    if _is_capturing(grads[0].device) and _tables.find(grads) is None:
-        return _COLD
+    if _is_capturing(grads[0].device):
+        plan = _plans.find(grads)
+        if plan is None or plan.spare is None:
+            return COLD
     return norm_refusal(grads[0].device)
 
 
-_COLD = (
-    "a CUDA graph is being captured and these gradients have not been clipped before: their table "
-    "cannot be uploaded now. Clip the same gradients once before the capture, and keep them "
-    "(zero_grad(set_to_none=False))"
-)
+def _on_several_devices(grads: Sequence[Tensor]) -> bool:
+    if grads[0].is_cuda and all(map(_is_cuda, grads)):  # half the time of making all devices
+        return len(set(map(Tensor.get_device, grads))) > 1
+    return len(set(map(_device, grads))) > 1
 
 
 @functools.cache
@@ -129,39 +148,6 @@ def _is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _table_of(
-    grads: Sequence[Tensor], norm_type: float, programs: int | None, capturing: bool
-) -> Table:
-    """The gradients' table, filled for the current stream."""
-    table = _tables.find(grads, programs)
-    if table is None and capturing:
-        raise RuntimeError(_COLD)
-    # There is a table only of gradients that can run, but for a norm that may be another one.
-    if (table is None or norm_type == math.inf) and (reason := can_run(grads, norm_type)):
-        raise ValueError(f"these gradients cannot be clipped by the kernel: {reason}")
-    if table is None:
-        table = _tables.add(grads, programs)
-    if capturing:
-        # Its upload is over: torch.cuda.graph synchronises before it begins to capture.
-        _tables.keep(grads, programs, table)
-    else:
-        table.make_visible()
-    return table
-
-
-def _counters_of(device: torch.device, capturing: bool) -> Tensor:
-    """The barrier's counters, zero: two int32."""
-    if capturing:
-        # A replay may run beside the eager launches of any stream, so it gets its own, and a fill.
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    counters = _counters.get((device, stream))
-    if counters is None:
-        counters = torch.zeros(2, dtype=torch.int32, device=device)
-        _counters[device, stream] = counters
-    return counters
-
-
 def launch_options(warp_size: int = 32, is_nvidia: bool = True) -> dict[str, object]:
     """The compiler's options. Why cooperative: see Tile.options in tiling.py."""
     limit = {"maxnreg": MAX_REGISTERS} if is_nvidia else {}
@@ -180,8 +166,10 @@ def clip_gradients(
     *,
     scale: bool = True,
     zero_nonfinite: bool = False,
+    spare_nonfinite: bool = False,
     norm_dtype: torch.dtype | None = None,
     found_inf: Tensor | None = None,
+    ring: Ring | None = None,
     programs: int | None = None,
 ) -> Clipping:
     """Measures the norm of all gradients, and scales them in place; one launch, no synchronisation.
@@ -197,20 +185,23 @@ def clip_gradients(
         scale: whether to scale; if not, only the norms and the coefficient are computed.
         zero_nonfinite: whether a total norm that is NaN or infinite makes all gradients zero, and
             the coefficient too. If not, it scales like any other: inf to zeros, NaN to NaNs.
+        spare_nonfinite: whether such a norm leaves all gradients as they are, and the coefficient
+            recorded is NaN: for steps that are not taken then.
         norm_dtype: None rounds as torch does: the norm of each gradient to its dtype, the total and
             the coefficient to the dtype they are promoted to. torch.float32 rounds nothing.
         found_inf: float32 tensor of one element on the same device that receives 1 where the total
-            norm is not finite, else 0: what fused optimizers take as `found_inf`.
+            norm is not finite, else 0; by default a new one.
+        ring: where the step is recorded; None: nowhere.
         programs: how many programs share the work; by default as many as are resident at once, or
             fewer where there is little to do, after a check (trust.py).
 
     Returns:
-        The total norm [], the coefficient [] and the norms of the gradients, in the order given;
+        The total norm and what follows from it, and the norms of the gradients, in the order given;
         of the dtype torch's total norm would have, or `norm_dtype`.
 
     Raises:
         ValueError: the gradients are not such (nothing was computed).
-        RuntimeError: a CUDA graph is being captured and the gradients are new.
+        RuntimeError: a CUDA graph is being captured and there is no memory for its table.
         fastrnn_kernels.launch.CannotLaunch: a compiler, the driver or the GPU refuses it (nothing
             was scaled).
         fastrnn_kernels.failed_waits.BarrierTimeout: an earlier launch on this device has failed.
@@ -222,51 +213,65 @@ def clip_gradients(
     norm_type = float(norm_type)
     if norm_type not in NORMS:
         raise ValueError(f"norm_type must be 1, 2 or inf, got {norm_type}")
+
+    def check() -> None:
+        reason = can_run(grads, norm_type)
+        if reason not in (None, COLD):  # of the latter tells the plan
+            raise ValueError(f"these gradients cannot be clipped by the kernel: {reason}")
+
+    if norm_type == math.inf:  # there may be a plan from a norm of another order
+        check()
     device = grads[0].device
-    if programs is None and (reason := norm_refusal(device)) is not None:
-        raise CannotLaunch(reason)
-    capturing = _is_capturing(device)
-    table = _table_of(grads, norm_type, programs, capturing)
-    dtypes = set(map(_dtype, grads))
-    rounds = norm_dtype is None and not dtypes <= {torch.float32, torch.complex64}
+    if programs is None and (refused := norm_refusal(device)) is not None:
+        raise CannotLaunch(refused)
+    plan, table = _plans.locate(grads, programs, check)
+    rounds = norm_dtype is None and not plan.dtypes <= {torch.float32, torch.complex64}
     if norm_dtype is None:
-        norm_dtype = functools.reduce(torch.promote_types, dtypes).to_real()
+        norm_dtype = functools.reduce(torch.promote_types, plan.dtypes).to_real()
     variant = None
-    if programs is None:
+    if programs is None and trust._needs_trust(device):  # what is recorded is not checked by itself
         options: dict[str, object] = {"scale": scale, "zero_nonfinite": zero_nonfinite}
+        if spare_nonfinite:
+            options["spare_nonfinite"] = True
         if not rounds:
             options["norm_dtype"] = torch.float32
-        kinds = tuple(sorted(dtypes & KINDS.keys(), key=str)) or (torch.float32,)
+        kinds = tuple(sorted(plan.dtypes & KINDS.keys(), key=str)) or (torch.float32,)
         variant = NormVariant(device, norm_type, kinds, tuple(options.items()))
-    other_grads = [grads[i] for i in table.others]
-    own_grads = [grads[i] for i in table.own] if other_grads else grads
+    other_grads = [grads[i] for i in plan.others]
+    own_grads = [grads[i] for i in plan.own] if other_grads else grads
     with trusting(variant), launching(grads[0]) as failed:
-        partials = torch.empty(table.segments + 1, dtype=torch.float32, device=device)
-        norms = torch.empty(table.gradients, dtype=norm_dtype, device=device)
-        total_norm = torch.empty((), dtype=norm_dtype, device=device)
-        coefficient = torch.empty((), dtype=norm_dtype, device=device)
-        other_norms = partials
+        table = plan.upload(table, device, _is_capturing(device))
+        floats = torch.empty(plan.segments + 2, dtype=torch.float32, device=device)
+        inverse, nonfinite = floats[plan.segments :].unbind()
+        nonfinite = nonfinite if found_inf is None else found_inf
+        found = torch.empty(plan.gradients + 2, dtype=norm_dtype, device=device)
+        norms, total_norm, coefficient = found[2:], found[0], found[1]
+        other_norms = floats
         if other_grads:
             other_norms = _norms_by_torch(other_grads, norm_type, norm_dtype, rounds)
         nvidia = torch.version.hip is None
-        gradient_norm_kernel[(table.programs,)](
-            table.memory,
-            partials,
+        gradient_norm_kernel[(plan.programs,)](
+            table,
+            floats,
             other_norms,
-            _counters_of(device, capturing),
             failed,
             norms,
             total_norm,
             coefficient,
-            partials[-1:] if found_inf is None else found_inf,
-            table.segments,
-            table.gradients,
+            inverse,
+            nonfinite,
+            floats if ring is None else ring.rows,
+            table if ring is None else ring.counts,
+            plan.segments,
+            plan.gradients,
             len(other_grads),
             float(max_norm),
+            0 if ring is None else len(ring.rows),
             NORM=NORMS[norm_type],
             ROUND_NORMS=rounds,
             SCALE=scale,
-            ZERO_NONFINITE=zero_nonfinite,
+            NONFINITE="zero" if zero_nonfinite else "spare" if spare_nonfinite else "scale",
+            RECORD=ring is not None,
             BLOCK_BYTES=BLOCK_BYTES,
             COMBINE_BLOCK=COMBINE_BLOCK,
             **launch_options(32 if nvidia else 64, nvidia),
@@ -274,14 +279,17 @@ def clip_gradients(
     if scale:
         torch.autograd.graph.increment_version(own_grads)
         for grad in other_grads:
+            if spare_nonfinite:
+                grad.copy_(torch.where(total_norm.isfinite(), grad * coefficient, grad))
+                continue
             grad.mul_(coefficient)
             if zero_nonfinite:
                 grad.masked_fill_(~total_norm.isfinite(), 0)
     if other_grads:
-        places = (*table.own, *table.others)
+        places = (*plan.own, *plan.others)
         by_place = dict(zip(places, (*norms.unbind(), *other_norms.unbind()), strict=True))
         norms = torch.stack([by_place[place] for place in range(len(grads))])
-    return Clipping(total_norm, coefficient, norms)
+    return Clipping(total_norm, coefficient, norms, inverse, nonfinite)
 
 
 def _norms_by_torch(

@@ -1,21 +1,24 @@
 """Which program works on which part of which gradient: the table that the norm's kernel reads.
 
 Gradients are laid one after another, cut into as many equal shares as there are programs, and a
-share is a list of segments, each a part of one gradient. The table depends on addresses, sizes and
-dtypes only. It is kept on the device until one of them changes, and holds addresses, so it keeps no
-gradient alive.
+share is a list of segments, each a part of one gradient. How they are cut depends on sizes and
+dtypes only, which a training loop does not change: it is worked out once, a `Plan`, and kept on the
+host. Where the gradients lie changes at nearly every step. Each launch gets their addresses, the
+plan, and the barrier's counter, zero, by one copy from pinned memory; nothing lies on the
+device between launches that somebody could lose, and no gradient is kept alive.
 
 Limits: this needs torch but not Triton; gradients of one device.
 """
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,50 +27,39 @@ from torch import Tensor
 from .tiling import Chip, ceil_div
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Programs per multiprocessor: see gradient_norm.py, where registers are limited for it.
-PROGRAMS_PER_MULTIPROCESSOR = 4
+# Programs per multiprocessor: see gradient_norm.py, where registers are limited for twice as many.
+# A grid that needs every register of the chip is refused as soon as anything else is resident.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 # What a segment costs besides its bytes (its row of the table, a reduction), in bytes that could be
 # read meanwhile; and the least share worth a program of its own. Guesses, not measured.
 SEGMENT_BYTES = 8_192
 SHARE_BYTES = 32_768
-# Shares begin at full lines of the cache; offsets inside a segment are int32.
+# Cuts are at full lines of the cache; offsets inside a segment are int32.
 LINE_BYTES = 128
+COUNTER = 1  # word of a table
 MAX_ELEMENTS = 2**30
-# Tables kept; a training loop needs one, or a few where the allocator alternates.
-MAX_TABLES = 32
+# Plans kept; a training loop needs one for each list of parameters that it clips.
+MAX_PLANS = 32
 
 _dtype = operator.attrgetter("dtype")
 _shape = operator.attrgetter("shape")
 
 
-class Extent(NamedTuple):
-    """The memory of a gradient: where it begins, how many elements of what size it has."""
-
-    address: int
-    elements: int
-    itemsize: int
-
-    @property
-    def end(self) -> int:
-        """The address behind it."""
-        return self.address + self.elements * self.itemsize
-
-
 class Segment(NamedTuple):
-    """A part of gradient `gradient`."""
+    """A part of gradient `gradient`: `elements` of them, from byte `offset` on."""
 
     gradient: int
-    address: int
+    offset: int
     elements: int
 
 
 def share_out(
-    extents: Sequence[Extent], programs: int, max_elements: int
+    sizes: Sequence[tuple[int, int]], programs: int, max_elements: int
 ) -> tuple[list[Segment], list[int]]:
-    """Cuts gradients into shares of equal cost, at full lines of the cache.
+    """Cuts gradients into shares of equal cost, a whole number of cache lines from their beginning.
 
     Args:
-        extents: memory of each gradient.
+        sizes: elements of each gradient, and bytes of an element.
         programs: how many shares.
         max_elements: the longest segment.
 
@@ -75,7 +67,7 @@ def share_out(
         All segments, in the order of the gradients and of their memory; and where the segments of
         each share begin [programs + 1].
     """
-    total = _cost(extents)
+    total = _cost(sizes)
     segments: list[Segment] = []
     shares = [0]
 
@@ -87,14 +79,14 @@ def share_out(
         segments.append(Segment(gradient, start, (end - start) // itemsize))
 
     cost = 0
-    for gradient, (start, elements, itemsize) in enumerate(extents):
+    for gradient, (elements, itemsize) in enumerate(sizes):
         if not elements:
             continue
-        end = start + elements * itemsize
-        to_address = start - cost - SEGMENT_BYTES
-        cost += SEGMENT_BYTES + end - start
+        start, end = 0, elements * itemsize
+        before = cost + SEGMENT_BYTES
+        cost = before + end
         while len(shares) < programs and (border := len(shares) * total // programs) < cost:
-            at = (border + to_address) // LINE_BYTES * LINE_BYTES
+            at = (border - before) // LINE_BYTES * LINE_BYTES
             if at > start:
                 append(gradient, start, at, itemsize)
                 start = at
@@ -104,8 +96,8 @@ def share_out(
     return segments, shares
 
 
-def _cost(extents: Sequence[Extent]) -> int:
-    return sum(SEGMENT_BYTES + e.elements * e.itemsize for e in extents if e.elements)
+def _cost(sizes: Sequence[tuple[int, int]]) -> int:
+    return sum(SEGMENT_BYTES + elements * itemsize for elements, itemsize in sizes if elements)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -147,13 +139,15 @@ def partition(grads: Sequence[Tensor]) -> tuple[list[int], list[int]]:
 
 
 @dataclass
-class Table:
-    """Segments, gradients and shares of one list of gradients.
+class Plan:
+    """How gradients of certain sizes and dtypes are shared out, and which of them.
 
     Attributes:
-        memory: on the device, int64, one after another:
-            addresses of the segments [segments],
-            their elements * 4 + kind [segments],
+        template: int64 on the host, a table without addresses, one after another:
+            the barrier's counter, an int32, and another that nobody uses [1], zero,
+            address of each gradient [gradients], still zero,
+            first byte of each segment in its gradient [segments],
+            gradient of each segment * 2**32 + its elements * 4 + kind [segments],
             first segment of each gradient * 4 + its kind, and the number of segments * 4
             [gradients + 1],
             first segment of each share [programs + 1].
@@ -161,108 +155,187 @@ class Table:
         gradients: how many the kernel works on.
         programs: how many shares.
         own: which gradients of the list these are.
-        others: which it must leave to torch.
-        uploaded: recorded once `memory` is filled; None on the CPU.
-        streams: those on which `memory` is known to be filled.
+        others: which are left to torch.
+        dtypes: of all gradients of the list.
+        bytes: of each gradient that has elements, in the order of `own` [n] int64.
+        filled: which of `own` these are [n] int64; None: all.
+        misaligned: bits of an address that an element's size forbids [n] int64.
+        spare: pinned memory for a table that a CUDA graph reads; None where there is no GPU.
+        fitting: the addresses that were last seen to fit.
     """
 
-    memory: Tensor
+    template: Tensor
     segments: int
     gradients: int
     programs: int
     own: list[int]
     others: list[int]
-    uploaded: torch.cuda.Event | None = None
-    streams: set[int] = field(default_factory=set)
+    dtypes: frozenset[torch.dtype]
+    bytes: Tensor
+    filled: Tensor | None
+    misaligned: Tensor
+    spare: Tensor | None = None
+    fitting: Tensor | None = None
 
     @staticmethod
-    def build(grads: Sequence[Tensor], programs: int | None = None) -> Table:
-        """Makes the table and uploads it from pinned memory, on the current stream."""
+    def build(
+        grads: Sequence[Tensor], own: list[int], others: list[int], programs: int | None = None
+    ) -> Plan:
+        """Works out the shares of gradients `own` of the list."""
         device = grads[0].device
-        own, others = partition(grads)
         kept = [grads[i] for i in own]
-        extents = [Extent(g.data_ptr(), g.numel(), g.dtype.itemsize) for g in kept]
+        sizes = [(g.numel(), g.dtype.itemsize) for g in kept]
         if programs is None:
             most = Chip.of(device).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
-            programs = max(1, min(most, ceil_div(_cost(extents), SHARE_BYTES)))
-        segments, shares = share_out(extents, programs, MAX_ELEMENTS)
+            programs = max(1, min(most, ceil_div(_cost(sizes), SHARE_BYTES)))
+        segments, shares = share_out(sizes, programs, MAX_ELEMENTS)
         kinds = [KINDS[grad.dtype] for grad in kept]
         firsts = [0] * (len(own) + 1)
         for segment in segments:
             firsts[segment.gradient + 1] += 1
         for gradient in range(len(own)):
             firsts[gradient + 1] += firsts[gradient]
-        rows = [segment.address for segment in segments]
-        rows += [segment.elements * 4 + kinds[segment.gradient] for segment in segments]
+        rows = [segment.offset for segment in segments]
+        rows += [s.gradient * 2**32 + s.elements * 4 + kinds[s.gradient] for s in segments]
         rows += [first * 4 + kind for first, kind in zip(firsts, [*kinds, 0], strict=True)]
         rows += shares
-        sizes = len(segments), len(own), programs
-        memory = torch.frombuffer(array("q", rows), dtype=torch.int64)
-        if device.type != "cuda":
-            return Table(memory, *sizes, own, others)
-        stream = torch.cuda.current_stream(device)
-        memory = memory.pin_memory().to(device, non_blocking=True)
-        uploaded = torch.cuda.Event()
-        uploaded.record(stream)
-        return Table(memory, *sizes, own, others, uploaded, {stream.cuda_stream})
+        filled = [index for index, (elements, _) in enumerate(sizes) if elements]
+        template = _words([0] * (COUNTER + len(own)) + rows)
+        return Plan(
+            template,
+            len(segments),
+            len(own),
+            programs,
+            own,
+            others,
+            frozenset(map(_dtype, grads)),
+            _words([sizes[i][0] * sizes[i][1] for i in filled]),
+            _words(filled) if len(filled) < len(own) else None,
+            _words([sizes[i][1] - 1 for i in filled]),
+            template.pin_memory() if device.type == "cuda" else None,
+        )
 
-    def make_visible(self) -> None:
-        """Lets the current stream wait for the upload, if it was another that made it."""
-        if self.uploaded is None:
-            return
-        stream = torch.cuda.current_stream(self.memory.device)
-        if stream.cuda_stream not in self.streams:
-            stream.wait_event(self.uploaded)
-            self.memory.record_stream(stream)
-            self.streams.add(stream.cuda_stream)
-
-
-class Tables:
-    """The tables used last. One that a CUDA graph was captured with is kept for good.
-
-    A graph reads its table at every replay, and nobody says when it will be replayed last.
-    """
-
-    def __init__(self, most: int = MAX_TABLES) -> None:
-        self.most = most
-        self.tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
-        self.captured: dict[tuple[object, ...], Table] = {}
-        self.lock = threading.Lock()
-
-    def find(self, grads: Sequence[Tensor], programs: int | None = None) -> Table | None:
-        """The table of these gradients, if it is there. It may not be filled for this stream."""
-        key = _key(grads, programs)
-        with self.lock:
-            table = self.tables.get(key)
-            if table is None:
-                return self.captured.get(key)
-            self.tables.move_to_end(key)
-            return table
-
-    def add(self, grads: Sequence[Tensor], programs: int | None = None) -> Table:
-        """Builds the table of these gradients."""
-        table = Table.build(grads, programs)
-        with self.lock:
-            self.tables[_key(grads, programs)] = table
-            while len(self.tables) > self.most:
-                self.tables.popitem(last=False)
+    def table(self, grads: Sequence[Tensor]) -> Tensor:
+        """Returns the table of gradients, `own` of the list, on the host."""
+        own = [grads[i] for i in self.own] if self.others else grads
+        addresses = array("q", map(Tensor.data_ptr, own))
+        table = self.template.clone()
+        begin, length = addresses.buffer_info()
+        ctypes.memmove(table.data_ptr() + COUNTER * table.itemsize, begin, length * table.itemsize)
         return table
 
-    def keep(self, grads: Sequence[Tensor], programs: int | None, table: Table) -> None:
-        """Keeps a table for good."""
+    def addresses(self, table: Tensor) -> Tensor:
+        """Those in a table."""
+        return table[COUNTER : COUNTER + self.gradients]
+
+    def fits(self, addresses: Tensor) -> bool:
+        """Whether gradients at these addresses `[own]` share no memory, and are aligned."""
+        if self.fitting is not None and torch.equal(addresses, self.fitting):
+            return True
+        begins = addresses if self.filled is None else addresses[self.filled]
+        ordered, order = begins.sort()
+        overlaps = (ordered + self.bytes[order])[:-1] > ordered[1:]
+        if overlaps.any() or (begins & self.misaligned).any():
+            return False
+        self.fitting = addresses
+        return True
+
+    def upload(self, table: Tensor, device: torch.device, capturing: bool = False) -> Tensor:
+        """Returns a table on the device; nobody waits for the copy.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, which needs memory of its own.
+        """
+        if device.type != "cuda":
+            return table
+        if not capturing:
+            if self.spare is None:
+                self.spare = self.template.pin_memory()
+            return table.pin_memory().to(device, non_blocking=True)
+        if self.spare is None:
+            raise RuntimeError(COLD)
+        pinned, self.spare = self.spare.copy_(table), None
+        _captured.append(pinned)
+        return pinned.to(device, non_blocking=True)
+
+
+COLD = (
+    "a CUDA graph is being captured and gradients of these sizes have not been clipped since the "
+    "start, or the last capture: there is no pinned memory for their table. Clip them once before"
+)
+# Read at every replay of a graph, and nobody says which will be the last.
+_captured: list[Tensor] = []
+
+
+def _words(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+class Plans:
+    """The plans used last, found by sizes, dtypes and layouts."""
+
+    def __init__(self, most: int = MAX_PLANS) -> None:
+        self.most = most
+        self.plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        # To compare long keys costs half of what their hashes do.
+        self.latest: tuple[tuple[object, ...], Plan] | None = None
+        self.lock = threading.Lock()
+
+    def find(self, grads: Sequence[Tensor], programs: int | None = None) -> Plan | None:
+        """The plan of gradients like these, if it is there."""
+        return self._get(_key(grads, programs))
+
+    def locate(
+        self,
+        grads: Sequence[Tensor],
+        programs: int | None = None,
+        check: Callable[[], object] = lambda: None,
+    ) -> tuple[Plan, Tensor]:
+        """The plan of these gradients, and their table on the host.
+
+        A plan that is new is made after `check()`, which may raise.
+        """
+        key = _key(grads, programs)
+        plan = self._get(key)
+        if plan is None:
+            check()
+            plan = self._add(key, Plan.build(grads, *partition(grads), programs))
+        table = plan.table(grads)
+        if not plan.fits(plan.addresses(table)):  # some share memory, which they did not
+            own, others = partition(grads)
+            key = (*key, tuple(own))
+            plan = self._get(key) or self._add(key, Plan.build(grads, own, others, programs))
+            table = plan.table(grads)
+        return plan, table
+
+    def _get(self, key: tuple[object, ...]) -> Plan | None:
+        latest = self.latest
+        if latest is not None and latest[0] == key:
+            return latest[1]
         with self.lock:
-            self.captured[_key(grads, programs)] = table
+            plan = self.plans.get(key)
+            if plan is not None:
+                self.plans.move_to_end(key)
+                self.latest = key, plan
+            return plan
+
+    def _add(self, key: tuple[object, ...], plan: Plan) -> Plan:
+        with self.lock:
+            self.plans[key] = plan
+            self.latest = key, plan
+            while len(self.plans) > self.most:
+                self.plans.popitem(last=False)
+        return plan
 
 
 def _key(grads: Sequence[Tensor], programs: int | None) -> tuple[object, ...]:
-    """All that a table depends on."""
+    """All that a plan depends on, but for gradients that share memory."""
     layouts = None
     if not all(map(Tensor.is_contiguous, grads)):
         layouts = (*map(_shape, grads), *map(Tensor.stride, grads))
     return (
         programs,
         grads[0].device,
-        tuple(map(Tensor.data_ptr, grads)),
         tuple(map(Tensor.numel, grads)),
         tuple(map(_dtype, grads)),
         layouts,

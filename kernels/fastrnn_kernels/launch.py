@@ -152,11 +152,12 @@ def launching(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     waits = failed_waits(tensor.device)
     if (reason := waits.reason()) is not None:
         raise CannotLaunch(f"{reason}, earlier in this process")
-    if not tensor.is_cuda:  # interpreted
+    if os.environ.get("TRITON_INTERPRET") == "1":  # no driver is asked
         yield waits.word
         return
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
     try:
-        with torch.cuda.device(tensor.device):
+        with device:
             yield waits.word
     except torch.OutOfMemoryError:
         raise

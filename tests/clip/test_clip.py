@@ -9,6 +9,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from fastrnn import GradientClipper
 from fastrnn.clip import clip_grad_norm as clip
 from fastrnn.clip import clip_grad_norm_, gradient_norms
+from fastrnn_kernels import gradient_norm, trust
+from fastrnn_kernels.gradient_norm import Ring
 from fastrnn_kernels.launch import CannotLaunch
 
 torch_clip_grad_norm_ = nn.utils.clip_grad_norm_
@@ -604,7 +607,9 @@ class TestKernel:
             *,
             scale: bool = True,
             zero_nonfinite: bool = False,
+            spare_nonfinite: bool = False,
             norm_dtype: torch.dtype | None = None,
+            ring: object = None,
         ) -> tuple[Tensor, Tensor, Tensor]:
             calls.append({"scale": scale, "zero_nonfinite": zero_nonfinite, "dtype": norm_dtype})
             norms = torch.stack([g.norm(norm_type) for g in grads])
@@ -614,7 +619,7 @@ class TestKernel:
                 torch._foreach_mul_(grads, coefficient)
             return total_norm, coefficient, norms
 
-        kernel = types.SimpleNamespace(clip_gradients=clip_gradients)
+        kernel = types.SimpleNamespace(clip_gradients=clip_gradients, Ring=Ring)
         monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
         monkeypatch.setattr(gradient_norms, "can_run_kernel", lambda grads, norm_type: None)
         monkeypatch.setattr(clip, "cpu_groups", lambda grads: None)
@@ -649,9 +654,29 @@ class TestKernel:
 
         kernel = types.SimpleNamespace(clip_gradients=refuse)
         monkeypatch.setattr(gradient_norms, "_kernel_module", lambda: kernel)
-        gradient_norms._log_once.cache_clear()
-        assert_as_torch(three, 0.5)
+        with caplog.at_level("INFO"):
+            assert_as_torch(three, 0.5)
         assert "torch's operations: the grid is too large" in caplog.text
+
+    def test_a_launch_that_is_refused_is_warned_of_and_tried_once(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kernel = mock.MagicMock()
+        kernel.__getitem__.return_value.side_effect = RuntimeError("Failed to find C compiler.")
+        monkeypatch.setattr(gradient_norm, "gradient_norm_kernel", kernel)
+        monkeypatch.setattr(gradient_norm, "_cannot_run_on", lambda device: None)
+        monkeypatch.setattr(trust, "_needs_trust", lambda device: True)
+        monkeypatch.setattr(gradient_norms, "can_run_kernel", gradient_norm.can_run)
+        monkeypatch.setattr(clip, "cpu_groups", lambda grads: None)
+        trust.forget()
+        try:
+            for _ in range(3):
+                assert_as_torch(three, 0.5)
+                GradientClipper([parameter(g) for g in three()], 0.5).clip()
+        finally:
+            trust.forget()
+        assert kernel.__getitem__.return_value.call_count == 1
+        assert caplog.text.count("Failed to find C compiler") == 1
 
     def test_says_why_it_does_not_run_here(self) -> None:
         reason = gradient_norms.can_run_kernel(three(), 2.0)

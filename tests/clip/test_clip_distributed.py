@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -28,6 +30,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrnn import GradientClipper, clip_grad_norm_
 from fastrnn.clip import distributed as clip_distributed
@@ -319,6 +322,116 @@ class TestPlacements:
             assert result["reason"] == "a norm of order 0.0 cannot be summed up from parts"
             assert result["ours"] == result["torchs"]
             assert "of order 0.0 cannot be summed up" in result["clipper"]
+
+    def test_no_more_operations_than_torch(self, world: World) -> None:
+        for result in world.run(operations_of_many):
+            assert result["torch"] == (12, 12)
+            for way in ("function", "clipper"):
+                assert max(result[way]) <= 12, result
+
+    def test_the_norm_does_not_depend_on_the_sharding(self, worlds: Callable[[int], World]) -> None:
+        """Beyond rounding; and it is the same bits again."""
+        exact = torch.cat([g.double().flatten() for g in normals(5)]).norm().item()
+        for size in (2, 4):
+            for case in ("sharded", "sharded-by-columns", "replicated", "plain-too"):
+                arguments = (case, 1e3, 2.0, torch.float32)
+                first, second = (worlds(size).run(clip_spread, *arguments) for _ in range(2))
+                assert first[0]["norm"] == pytest.approx(exact, rel=3e-7)
+                assert {result["norm"] for result in first + second} == {first[0]["norm"]}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on local tensors, collectives among them, but for views."""
+
+    VIEWS = ("aten.view", "aten.unsqueeze", "aten.select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # so that its local operations come here
+        self.count += not str(operation).startswith(self.VIEWS)
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_of_many() -> dict[str, tuple[int, ...]]:
+    """What it takes to clip 300 DTensors, and not to; after a first time."""
+
+    def count(clip: Callable[[list[nn.Parameter], float], Callable[[], object]]) -> tuple[int, ...]:
+        counts = []
+        for max_norm in (0.5, 1e6):
+            grads = [torch.randn(2 * dist.get_world_size()) for _ in range(300)]
+            made = [parameter(spread(grad, mesh_of(), [Shard(0)])) for grad in grads]
+            call = clip(made, max_norm)
+            call()
+            with Operations() as operations:
+                call()
+            counts.append(operations.count)
+        return tuple(counts)
+
+    def of_clipper(made: list[nn.Parameter], max_norm: float) -> Callable[[], object]:
+        return GradientClipper(made, max_norm).clip
+
+    return {
+        "torch": count(lambda made, most: lambda: torch_clip_grad_norm_(made, most)),
+        "function": count(lambda made, most: lambda: clip_grad_norm_(made, most)),
+        "clipper": count(of_clipper),
+    }
+
+
+class TestFullyShardedDataParallel1:
+    """Its flat parameters are sharded without saying so."""
+
+    @pytest.mark.parametrize("use_orig_params", [False, True])
+    def test_is_refused_by_the_clipper_and_torchs_to_the_function(
+        self, use_orig_params: bool, world: World
+    ) -> None:
+        for result in world.run(flat_parameters, use_orig_params):
+            assert "Call the module's clip_grad_norm_" in result["clipper"]
+            assert result["function"] == result["torchs"] != result["its own"]
+
+
+def flat_parameters(use_orig_params: bool) -> dict[str, Any]:
+    module = FullyShardedDataParallel(
+        model(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    loss(module, 0, dist.get_rank(), dist.get_world_size()).backward()
+    made = list(module.parameters())
+    try:
+        GradientClipper(made, 1.0)
+        refused = ""
+    except TypeError as error:
+        refused = str(error)
+    return {
+        "clipper": refused,
+        "function": clip_grad_norm_(made, 1e9).item(),
+        "torchs": torch_clip_grad_norm_(made, 1e9).item(),
+        "its own": module.clip_grad_norm_(1e9).item(),
+    }
+
+
+@pytest.mark.parametrize("norm_type", [2.0, inf])
+def test_under_cpu_offload_norms_travel_on_the_meshs_device(
+    norm_type: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no GPU here: tensors are fake, and what is reduced where is noted."""
+    reduced = []
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda values, *_, **__: reduced.append(values.device.type)
+    )
+    mesh = types.SimpleNamespace(
+        device_type="cuda:0",  # a fake tensor needs the number where torch has no CUDA
+        size=lambda: 2,
+        get_group=lambda dimension: None,
+    )
+    with FakeTensorMode():
+        norms = clip_distributed._reduce(torch.ones(3), norm_type, mesh, [0])
+    assert reduced == ["cuda"]
+    assert norms.device.type == "cpu"
 
 
 def norm_in_float32() -> float:

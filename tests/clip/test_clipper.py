@@ -19,39 +19,9 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 import fastrnn
 from fastrnn import GradientClipper, clip_grad_norm_
 from fastrnn.clip.history import Ring
+from tests.clip.parameters import assert_bits, gradients, parameters, set_gradients, spoil
 
 inf, nan = math.inf, math.nan
-SHAPES = [(5, 3), (7,), (1, 65), ()]
-
-
-def parameters(
-    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    made = [
-        nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        for shape in shapes or SHAPES
-    ]
-    set_gradients(made, seed)
-    return made
-
-
-def set_gradients(made: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for p in made:
-        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
-
-
-def spoil(made: list[nn.Parameter], value: float = nan) -> None:
-    made[1].grad.view(-1)[3] = value
-
-
-def gradients(made: list[nn.Parameter]) -> list[Tensor | None]:
-    return [None if p.grad is None else p.grad.clone() for p in made]
-
-
-def assert_bits(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 class TestClip:
@@ -96,7 +66,10 @@ class TestClip:
         clipper = GradientClipper(made, 1.0)
         for p in made:
             p.grad = None
-        assert_bits(clipper.clip(), torch.tensor(0.0))
+        with pytest.warns(UserWarning, match="none of the clipper's 4 parameters has") as caught:
+            assert_bits(clipper.clip(), torch.tensor(0.0))
+        assert caught[0].filename == __file__
+        assert_bits(clipper.clip(), torch.tensor(0.0))  # which says nothing any more
         assert clipper.steps == 0
 
     def test_autograd_is_left_alone(self) -> None:
@@ -721,17 +694,6 @@ class TestClipInto:
             GradientClipper(made, 1.0).clip_into(optimizer)
         assert optimizer.grad_scale == 2.0
 
-    @pytest.mark.parametrize("keyword", [False, True])
-    def test_refuses_a_step_that_computes_new_gradients(self, keyword: bool) -> None:
-        made = parameters()
-        optimizer = Adam(made, fused=True)
-        GradientClipper(made, 1.0).clip_into(optimizer)
-        before = copy.deepcopy(made)
-        with pytest.raises(RuntimeError, match=r"optimizer\.step\(closure\) computes new"):
-            optimizer.step(closure=lambda: 1.0) if keyword else optimizer.step(lambda: 1.0)
-        assert_bits(made, before)
-        assert not hasattr(optimizer, "grad_scale")
-
     def test_a_step_that_fails_leaves_nothing_behind(self) -> None:
         made = parameters()
         optimizer = Adam(made, fused=True)
@@ -1026,3 +988,263 @@ def test_the_loop_of_the_docstring_trains() -> None:
     assert losses[-1] < losses[0]
     assert clipper.history().clipped.any()
     assert list(clipper.parameter_norms()) == [n for n, _ in model.named_parameters()]
+
+
+class TestMeasuredOnly:
+    """Groups that are measured and never scaled, and that may be left out of the norm."""
+
+    @pytest.mark.parametrize("nonfinite", ["keep", "raise", "skip", "zero"])
+    @pytest.mark.parametrize("count", [True, False])
+    def test_are_not_scaled(self, count: bool, nonfinite: Any) -> None:
+        ours, theirs = parameters(), parameters()
+        groups = [{"params": ours[:2], "clip": False, "count": count}, {"params": ours[2:]}]
+        clipper = GradientClipper(groups, 0.5, nonfinite=nonfinite)
+        before = gradients(ours)
+        counted = theirs if count else theirs[2:]
+        expected = clip_grad_norm_(counted, 0.5)
+        torch.testing.assert_close(clipper.clip(), expected)
+        assert_bits(gradients(ours[:2]), before[:2])
+        torch.testing.assert_close(gradients(ours[2:]), gradients(theirs[2:]))
+        each = clipper.parameter_norms()
+        assert sorted(each) == ["0", "1", "2", "3"]
+        torch.testing.assert_close(each, {str(n): g.norm() for n, g in enumerate(before)})
+
+    def test_may_be_scaled_without_counting(self) -> None:
+        ours, theirs = parameters(), parameters()
+        clipper = GradientClipper([{"params": ours[:2], "count": False}, {"params": ours[2:]}], 0.5)
+        norm = clipper.clip()
+        assert_bits(norm, clip_grad_norm_(theirs[2:], 0.5))
+        assert_bits(
+            gradients(ours),
+            [p.grad * (0.5 / (norm + 1e-6)) for p in theirs[:2]] + [p.grad for p in theirs[2:]],
+        )
+
+    @pytest.mark.parametrize("value", [nan, inf])
+    @pytest.mark.parametrize("nonfinite", ["keep", "raise", "skip", "zero"])
+    def test_what_does_not_count_may_be_to_blame(self, nonfinite: Any, value: float) -> None:
+        made = parameters()
+        spoil(made, value)
+        groups = [{"params": made[:2], "clip": False, "count": False}, {"params": made[2:]}]
+        clipper = GradientClipper(groups, 0.5, nonfinite=nonfinite)
+        if nonfinite == "raise":
+            with pytest.raises(RuntimeError, match="is non-finite"):
+                clipper.clip()
+            return
+        norm = clipper.clip()
+        assert norm.isnan() == (nonfinite != "keep")
+        assert clipper.nonfinite_names() == ["1"]
+        if nonfinite == "zero":
+            assert not any(p.grad.any() for p in made)
+        elif nonfinite == "skip":
+            assert all(p.grad is None for p in made)
+            assert clipper.nonfinite_steps == 1
+
+    def test_a_clipper_that_only_measures(self) -> None:
+        made = parameters()
+        before = gradients(made)
+        clipper = GradientClipper([{"params": made, "clip": False}], 0.1)
+        norm = clipper.clip()
+        assert_bits(norm, clip_grad_norm_(parameters(), inf))
+        assert_bits(gradients(made), before)
+        assert not clipper.history().clipped.any()
+
+    def test_of_a_step_without_their_gradients(self) -> None:
+        made = parameters()
+        groups = [{"params": made[:2], "clip": False, "count": False}, {"params": made[2:]}]
+        clipper = GradientClipper(groups, 0.5)
+        for p in made[2:]:
+            p.grad = None
+        assert clipper.clip() == 0.0
+        assert sorted(clipper.parameter_norms()) == ["0", "1"]
+
+    def test_go_into_the_step_of_the_others(self) -> None:
+        ours, theirs = parameters(), parameters()
+        optimizer = AdamW(ours[2:], fused=True)
+        groups = [{"params": ours[:2], "clip": False}, {"params": ours[2:]}]
+        clipper = GradientClipper(groups, 0.5)
+        norm = clipper.clip_into(optimizer)
+        assert optimizer.grad_scale > 1
+        optimizer.step()
+        assert_bits(norm, clip_grad_norm_(theirs, 0.5))
+        AdamW(theirs[2:], fused=True).step()
+        torch.testing.assert_close(ours, theirs)
+
+    def test_skip_has_to_take_their_gradients_away(self) -> None:
+        made = parameters()
+        groups = [{"params": made[:2], "clip": False}, {"params": made[2:]}]
+        clipper = GradientClipper(groups, 0.5, nonfinite="skip")
+        optimizer = AdamW(made[2:], fused=True)
+        with pytest.raises(ValueError, match="gradients that are only measured"):
+            clipper.clip_into(optimizer)
+        spoil(made)
+        clipper.step(optimizer)
+        assert all(p.grad is None for p in made)
+
+    @pytest.mark.parametrize(
+        ("groups", "words"),
+        [
+            ([{"max_norm": 1.0, "clip": False}, {}], "max_norm of its own has to be clipped"),
+            ([{"max_norm": 1.0, "count": False}, {}], "max_norm of its own has to be clipped"),
+            ([{"count": False}, {"max_norm": 1.0}], "no parameter counts in the norm"),
+        ],
+        ids=["own-norm-unclipped", "own-norm-uncounted", "nothing-counts"],
+    )
+    def test_what_makes_no_sense(self, groups: list[dict[str, Any]], words: str) -> None:
+        first, *rest = parameters()
+        given = [group | {"params": ps} for group, ps in zip(groups, ([first], rest))]
+        with pytest.raises(ValueError, match=words):
+            GradientClipper(given, 1.0)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_the_muon_recipe_of_the_docstring() -> None:
+    def train(clipped: bool) -> tuple[list[nn.Parameter], list[float]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if p.dim() != 2]
+        muon = torch.optim.Muon(matrices, lr=0.02)
+        adamw = torch.optim.AdamW(others, lr=3e-4, fused=True)
+        clipper = GradientClipper(
+            [{"params": matrices, "clip": False, "count": False}, {"params": others}],
+            max_norm=1.0,
+        )
+        x, norms = torch.randn(32, 6), []
+        for _ in range(5):
+            model.zero_grad()
+            (model(x) - x[:, :3]).square().sum().backward()
+            if clipped:
+                norms.append(clipper.step(adamw).item())
+                assert set(clipper.parameter_norms()) == {"0", "1", "2", "3"}
+            else:
+                norms.append(nn.utils.clip_grad_norm_(others, 1.0).item())
+                adamw.step()
+            muon.step()
+        return list(model.parameters()), norms
+
+    ours, theirs = train(clipped=True), train(clipped=False)
+    assert max(theirs[1]) > 1.0
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+
+
+class TestWhoIsToBlame:
+    def test_names(self) -> None:
+        model = nn.Linear(3, 2)
+        model(torch.ones(1, 3)).sum().backward()
+        clipper = GradientClipper(model.named_parameters(), 1.0)
+        assert clipper.nonfinite_names() == clipper.finite_names() == []  # nothing yet
+        clipper.clip()
+        assert (clipper.nonfinite_names(), clipper.finite_names()) == ([], ["weight", "bias"])
+        model.bias.grad[0] = nan
+        clipper.clip()
+        assert (clipper.nonfinite_names(), clipper.finite_names()) == (["bias"], ["weight"])
+
+    @pytest.mark.parametrize("way", ["clip", "step", "clip_into"])
+    @pytest.mark.parametrize("max_skips", [1, 3])
+    def test_so_many_skips_in_a_row_are_an_error(self, max_skips: int, way: str) -> None:
+        made = parameters()
+        optimizer = AdamW(made, fused=True)
+        clipper = GradientClipper(made, 5.0, nonfinite="skip", max_skips=max_skips)
+        before = copy.deepcopy(made)
+
+        def take(bad: bool) -> None:
+            set_gradients(made, 0)
+            if bad:
+                spoil(made)
+            if way == "step":
+                clipper.step(optimizer)
+            else:
+                clipper.clip() if way == "clip" else clipper.clip_into(optimizer)
+                optimizer.step()
+
+        for _ in range(max_skips - 1):
+            take(bad=True)
+        if max_skips > 1:
+            take(bad=False)  # so that the row begins anew
+            before = copy.deepcopy(made)
+        for _ in range(max_skips - 1):
+            take(bad=True)
+        with pytest.raises(RuntimeError, match=rf"in {max_skips} steps in a row.*gradients: 1\."):
+            take(bad=True)
+        assert_bits([p.detach() for p in made], [p.detach() for p in before])
+        assert not hasattr(optimizer, "grad_scale")
+
+    def test_a_sum_that_overflows_has_no_one_to_blame(self) -> None:
+        made = parameters()
+        for p in made:
+            p.grad.fill_(2.2e18)
+        clipper = GradientClipper(made, 1.0, nonfinite="skip", max_skips=1)
+        with pytest.raises(RuntimeError, match="none by itself, only their sum"):
+            clipper.clip()
+
+    def test_the_row_is_part_of_the_state(self) -> None:
+        made = parameters()
+        first, second = (
+            GradientClipper(made, 1.0, nonfinite="skip", max_skips=2) for _ in range(2)
+        )
+        spoil(made)
+        first.clip()
+        second.load_state_dict(first.state_dict())
+        set_gradients(made, 0)
+        spoil(made)
+        with pytest.raises(RuntimeError, match="in 2 steps in a row"):
+            second.clip()
+
+    def test_the_state_of_an_earlier_version_is_taken(self) -> None:
+        clipper = GradientClipper(parameters(), 1.0)
+        clipper.clip()
+        state = clipper.state_dict()
+        state["history"]["counts"] = state["history"]["counts"][:2]
+        again = GradientClipper(parameters(), 1.0)
+        again.load_state_dict(state)
+        assert_bits(again.history(), clipper.history())
+
+    def test_the_device_is_waited_for_once_in_so_many_steps(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ring = Ring(10, 1)
+        waits = []
+        item = Tensor.item
+        monkeypatch.setattr(Tensor, "item", lambda t: waits.append(t) or item(t))
+        found = []
+        for value in (1.0, inf, 1.0, 1.0, 1.0, inf, inf, inf, inf):
+            row = torch.full((1,), value)
+            ring._record_on_device(row, row, row)
+            found.append(ring.nonfinite_in_a_row(3))
+        assert found == [0, 0, 0, 0, 0, 0, 0, 3, 4]
+        assert len(waits) < 6
+
+
+class TestAFullHistory:
+    @pytest.mark.parametrize("recorded", [0, 1, 5])
+    def test_only_what_is_recorded_is_sorted(
+        self, recorded: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ring = Ring(10**6, 1)
+        for _ in range(recorded):
+            ring.record(*torch.ones(3, 1))
+        sorted_: list[int] = []
+        sort = Tensor.sort
+        monkeypatch.setattr(
+            Tensor, "sort", lambda t, **options: sorted_.append(len(t)) or sort(t, **options)
+        )
+        ring.percentile(10, torch.ones(1))
+        assert sorted_ == [recorded + 1]
+
+    def test_longer_than_torchs_quantile_takes(self) -> None:
+        ring = Ring(17_000_000, 1)
+        ring._rows[:, 0, 0] = torch.arange(17_000_000, dtype=torch.float32)
+        ring._rows_written = 17_000_000
+        assert ring.percentile(50).item() == pytest.approx(8_499_999.5, rel=1e-7)
+
+    @pytest.mark.parametrize("groups", [1, 3])
+    def test_is_numpys_percentile(self, groups: int) -> None:
+        ring = Ring(50, groups)
+        norms = torch.randn(70, groups).abs()
+        norms[5::9, 0] = nan
+        for row in norms:
+            ring.record(row, row, row)
+        for percent in (0.0, 10.0, 33.3, 50.0, 100.0):
+            expected = np.nanpercentile(norms[-50:].numpy(), percent, axis=0)
+            np.testing.assert_allclose(ring.percentile(percent).numpy(), expected, rtol=1e-5)

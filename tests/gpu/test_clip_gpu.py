@@ -170,7 +170,7 @@ def test_the_same_again_to_the_bit() -> None:
 
 
 def test_new_gradients_every_step() -> None:
-    """The chunk table is made anew when addresses change."""
+    """Their addresses go up with each launch."""
     given = parameters([65, 4097])
     for seed in range(5):
         torch.manual_seed(seed)
@@ -290,3 +290,91 @@ def test_a_step_that_is_not_finite_is_skipped_without_waiting() -> None:
         for name, value in values.items():
             assert torch.equal(value, state["state"][index][name]), name
     assert clipper.nonfinite_steps == 1
+
+
+def names_of_a_step(optimizer: bool, **options: Any) -> list[str]:
+    """Kernels that the third step of a clipper starts, but for the optimizer's own."""
+    given = parameters([65, 4097])
+    clipper = fastrnn.GradientClipper(given, 1.0, **options)
+    adamw = torch.optim.AdamW(given, fused=True)
+
+    def step() -> None:
+        clipper.clip_into(adamw) if optimizer else clipper.clip()
+
+    for _ in range(2):
+        step()
+    return kernels(step)
+
+
+@pytest.mark.parametrize("nonfinite", ["keep", "zero"])
+def test_a_recorded_clip_is_one_launch(nonfinite: str) -> None:
+    assert len(names_of_a_step(optimizer=False, nonfinite=nonfinite)) == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
+def test_a_recorded_clip_into_a_step_is_one_launch(nonfinite: str) -> None:
+    assert len(names_of_a_step(optimizer=True, nonfinite=nonfinite)) == 1
+
+
+@pytest.mark.parametrize("optimizer", [False, True], ids=["clip", "clip_into"])
+def test_a_percentile_is_at_most_four_launches(optimizer: bool) -> None:
+    assert len(names_of_a_step(optimizer=optimizer, percentile=10.0)) <= 4
+
+
+@pytest.mark.parametrize("percentile", [None, 30.0])
+@pytest.mark.parametrize("nonfinite", ["keep", "skip", "zero"])
+def test_the_history_is_the_cpus(nonfinite: Any, percentile: float | None) -> None:
+    ours = parameters([65, 4097])
+    theirs = [p.detach().cpu().requires_grad_() for p in ours]
+    options: Any = {"nonfinite": nonfinite, "percentile": percentile, "history": 4}
+    clippers = [fastrnn.GradientClipper(made, 40.0, **options) for made in (ours, theirs)]
+    for step in range(7):
+        torch.manual_seed(step)
+        for a, b in zip(ours, theirs):
+            b.grad = torch.randn(b.shape) * step
+            if step in (2, 5):
+                b.grad[3] = math.nan
+            a.grad = b.grad.cuda()
+        for clipper in clippers:
+            clipper.clip()
+    histories = [clipper.history() for clipper in clippers]
+    torch.testing.assert_close(*histories, rtol=1e-5, atol=0.0, equal_nan=True)
+    assert clippers[0].nonfinite_steps == clippers[1].nonfinite_steps == 2
+
+
+def test_replays_are_recorded() -> None:
+    given = parameters([65, 4097])
+    clipper = fastrnn.GradientClipper(given, 0.5)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            clipper.clip()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        clipper.clip()
+    for _ in range(4):
+        graph.replay()
+    assert clipper.steps == 7
+
+
+def test_lost_memory_does_not_mislead_the_next_launch() -> None:
+    """What is freed between launches is overwritten, as a pool that is let go would be."""
+    for seed in range(3):
+        assert_as_torch(parameters([65, 4097]), 0.5 + seed)
+        free = torch.full((2**20,), -1, dtype=torch.int64, device="cuda")
+        del free
+
+
+def test_skips_in_a_row_name_who_is_to_blame() -> None:
+    given = parameters([65, 4097])
+    optimizer = torch.optim.AdamW(given, fused=True)
+    clipper = fastrnn.GradientClipper(given, 1.0, nonfinite="skip", max_skips=3)
+    given[1].grad[0] = math.nan
+    for _ in range(2):
+        clipper.clip_into(optimizer)
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="in 3 steps in a row"):
+        clipper.clip_into(optimizer)
+    assert clipper.nonfinite_names() == ["1"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
+import sys
 import weakref
 from collections.abc import Iterator
 from unittest import mock
@@ -13,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastrnn_kernels import gradient_norm, gradient_table
-from fastrnn_kernels.gradient_norm import can_run, clip_gradients
-from fastrnn_kernels.gradient_table import Tables
+from fastrnn_kernels.gradient_norm import Ring, can_run, clip_gradients
+from fastrnn_kernels.gradient_table import Plans
 from tests.interpreter import RandomOrder, Schedule, cooperative, schedules
 from tests.kernels.gradient_problems import (
     BF16,
@@ -45,11 +47,11 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _own_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tables]:
-    """Each test begins without tables: memory of an earlier one may lie at the same addresses."""
-    tables = Tables()
-    monkeypatch.setattr(gradient_norm, "_tables", tables)
-    yield tables
+def _own_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plans]:
+    """Each test begins without plans: an earlier one may have cut segments to another length."""
+    plans = Plans()
+    monkeypatch.setattr(gradient_norm, "_plans", plans)
+    yield plans
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES, ids=str)
@@ -327,23 +329,31 @@ def test_version_counters_rise_whether_clipped_or_not() -> None:
         assert all(grad._version > old for grad, old in zip(grads, versions, strict=True))
 
 
-def test_the_barrier_s_counters_are_left_at_zero() -> None:
-    for grads in (mixed().grads, [random(500)]):  # with two barriers, and with one
-        for schedule in schedules():
-            run(grads, schedule=schedule)
-            (counters,) = gradient_norm._counters.values()
-            assert counters.tolist() == [0, 0]
+def test_nothing_lies_on_the_device_between_launches(
+    _own_plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launch was given may be overwritten, as by a pool that is let go."""
+    tables = []
+    upload = gradient_table.Plan.upload
+
+    def keep(plan: gradient_table.Plan, *arguments: object) -> Tensor:
+        tables.append(upload(plan, *arguments))
+        return tables[-1]
+
+    monkeypatch.setattr(gradient_table.Plan, "upload", keep)
+    for schedule in schedules():
+        check_clip(mixed(), schedule=schedule)
+        tables[-1].fill_(0x7777777777777777)
+    assert len({table.data_ptr() for table in tables}) == len(tables)
 
 
-def test_the_table_is_kept_until_the_gradients_are_others(_own_tables: Tables) -> None:
-    grads = mixed().grads
-    with mock.patch.object(
-        gradient_table.Table, "build", wraps=gradient_table.Table.build
-    ) as build:
-        run(grads)
-        grads[0].mul_(2)
-        run(grads, 3.0, 1.0)
+def test_a_plan_is_kept_until_sizes_or_dtypes_are_others(_own_plans: Plans) -> None:
+    with mock.patch.object(gradient_table.Plan, "build", wraps=gradient_table.Plan.build) as build:
+        for _ in range(3):
+            memory = mixed()  # at new addresses
+            check_clip(memory, 3.0, 1.0)
         assert build.call_count == 1
+        grads = memory.grads
         run(grads, programs=3)
         run([*grads[1:], grads[0]])
         run([grads[0].view(F16), *grads[1:]])
@@ -353,15 +363,37 @@ def test_the_table_is_kept_until_the_gradients_are_others(_own_tables: Tables) -
         assert build.call_count == 5
 
 
-def test_the_same_memory_in_another_layout_has_a_table_of_its_own(_own_tables: Tables) -> None:
+def test_the_same_sizes_in_another_layout_have_a_plan_of_their_own(_own_plans: Plans) -> None:
     memory = random(4, 4)
     layouts = [memory, memory.t(), memory.as_strided((4, 4), (1, 1))]
-    tables = []
+    plans = []
     for layout in layouts:
         run([layout], scale=False)
-        tables.append(_own_tables.find([layout], 5))
-    assert len({id(table) for table in tables}) == 3
-    assert [table.others for table in tables if table is not None] == [[], [], [0]]
+        plans.append(_own_plans.find([layout], 5))
+    assert len({id(plan) for plan in plans}) == 3
+    assert [plan.others for plan in plans if plan is not None] == [[], [], [0]]
+
+
+def test_gradients_that_come_to_share_memory_are_noticed(_own_plans: Plans) -> None:
+    apart = [random(60), random(60, seed=1), torch.empty(0)]
+    run(apart)
+    memory = random(100)
+    for grads in ([memory[:60], memory[40:]], [memory[40:], memory[:60]]):
+        old, before = memory.clone(), [grad.clone() for grad in grads]
+        result = run([*grads, torch.empty(0)], 0.5)
+        assert abs(float(result.total_norm) - exact_norm(before, 2.0)) <= 1e-5
+        c = result.coefficient
+        expected = torch.cat((old[:40] * c, old[40:60] * c * c, old[60:] * c))
+        assert_equal("memory", memory, expected)
+    check_clip(Memory().add(random(60)).add(random(60, seed=1)).add(torch.empty(0)))
+
+
+def test_gradients_that_come_to_be_misaligned_are_noticed() -> None:
+    run([random(10)])
+    odd = torch.frombuffer(bytearray(41), dtype=torch.float32, count=10, offset=1)
+    odd.copy_(random(10))
+    result = run([odd], scale=False)
+    assert abs(float(result.total_norm) - exact_norm([odd], 2.0)) <= 1e-5
 
 
 def test_no_gradient_is_kept_alive() -> None:
@@ -373,39 +405,139 @@ def test_no_gradient_is_kept_alive() -> None:
     assert [reference() for reference in alive] == [None, None]
 
 
-def test_only_so_many_tables_are_kept(_own_tables: Tables) -> None:
-    _own_tables.most = 3
-    held = [[random(5, seed=seed)] for seed in range(5)]
+def test_only_so_many_plans_are_kept(_own_plans: Plans) -> None:
+    _own_plans.most = 3
+    held = [[random(5 + seed)] for seed in range(5)]
     for grads in held:
         run(grads)
-    found = [_own_tables.find(grads, 5) is not None for grads in held]
+    found = [_own_plans.find(grads, 5) is not None for grads in held]
     assert found == [False, False, True, True, True]
 
 
-def test_capture_needs_a_warm_table_and_keeps_it(
-    _own_tables: Tables, monkeypatch: pytest.MonkeyPatch
+def test_capture_needs_memory_that_was_there_before(
+    _own_plans: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grads, later = mixed().grads, [random(7)]
+    grads = mixed().grads
+    monkeypatch.setattr(gradient_table, "_captured", [])
     monkeypatch.setattr(gradient_norm, "_is_capturing", lambda device: True)
     assert "being captured" in can_run(grads)
-    with pytest.raises(RuntimeError, match="Clip the same gradients once before"):
-        run(grads)
-    monkeypatch.undo()
-    monkeypatch.setattr(gradient_norm, "_tables", _own_tables)
-    with cooperative():
-        clip_gradients(grads, 1.0)
-    counters = dict(gradient_norm._counters)
-    monkeypatch.setattr(gradient_norm, "_is_capturing", lambda device: True)
+    # A GPU, as far as the plan can see; its kernel is interpreted.
+    plan, table = _own_plans.locate(grads, 5)
+    plan.spare = torch.empty_like(plan.template)
+    _own_plans._add(gradient_table._key(grads, None), plan)
     assert can_run(grads) is None
-    with cooperative():
-        clip_gradients(grads, 1.0)
-    assert gradient_norm._counters == counters  # a captured launch has counters of its own
-    captured = _own_tables.find(grads)
-    monkeypatch.undo()
-    monkeypatch.setattr(gradient_norm, "_tables", _own_tables)
-    _own_tables.most = 1
-    run(later)
-    assert _own_tables.find(grads) is captured
+    gpu = mock.Mock(type="cuda")
+    with mock.patch.object(Tensor, "to", lambda tensor, *_, **__: tensor):
+        captured = plan.upload(table, gpu, capturing=True)
+    assert captured is gradient_table._captured[0]  # a graph reads it from now on
+    assert_equal("table", captured, table)
+    with pytest.raises(RuntimeError, match="Clip them once before"):
+        plan.upload(table, gpu, capturing=True)
+    assert "being captured" in can_run(grads)
+    with (
+        mock.patch.object(Tensor, "to", lambda tensor, *_, **__: tensor),
+        mock.patch.object(Tensor, "pin_memory", Tensor.clone),
+    ):
+        plan.upload(table, gpu)  # an ordinary step sets memory aside for the next capture
+    assert can_run(grads) is None
+
+
+# What is recorded.
+
+
+def new_ring(capacity: int = 3) -> Ring:
+    return Ring(torch.full((capacity, 3), NAN), torch.zeros(3, dtype=torch.int64))
+
+
+def test_steps_are_recorded_in_a_ring() -> None:
+    ring, norms = new_ring(), []
+    for step, max_norm in enumerate((1.0, 2.0, 1e4, 3.0, 0.5)):
+        memory = mixed()
+        if step == 2:
+            memory.grads[0][3] = INF
+        result = run(memory.grads, max_norm, ring=ring, schedule=RandomOrder(step))
+        norms.append(result)
+        assert ring.counts.tolist() == [step + 1, int(step >= 2), int(step == 2)]
+        row = torch.stack((result.total_norm, torch.tensor(max_norm), result.coefficient))
+        assert_equal("row", ring.rows[step % 3], row)
+
+
+def test_not_finite_steps_in_a_row_are_counted() -> None:
+    ring = new_ring()
+    for step, value in enumerate((NAN, INF, -INF)):
+        run([torch.tensor([value])], ring=ring)
+        assert ring.counts.tolist() == [step + 1, step + 1, step + 1]
+    run([torch.ones(1)], ring=ring)
+    assert ring.counts.tolist() == [4, 3, 0]
+
+
+@DTYPES
+def test_recorded_norms_are_those_that_are_returned(dtype: torch.dtype) -> None:
+    ring = new_ring()
+    result = run(several(dtype).grads, 0.5, ring=ring)
+    assert_equal("norm", ring.rows[0, 0], result.total_norm.float())
+    assert_equal("coefficient", ring.rows[0, 2], result.coefficient.float())
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 1.0])
+def test_spare_nonfinite(value: float) -> None:
+    memory = mixed()
+    memory.grads[2][5] = value
+    grads = [*memory.grads, strided(7)]
+    before = [grad.clone() for grad in grads]
+    ring = new_ring()
+    result = run(grads, spare_nonfinite=True, ring=ring)
+    spared = not math.isfinite(value)
+    assert ring.rows[0, 2].isnan() == spared
+    for grad, old in zip(grads, before, strict=True):
+        assert_equal("gradient", grad, old if spared else scaled(old, result.coefficient))
+    memory.assert_guarded()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e4, 0.0])
+@DTYPES
+def test_what_a_fused_step_takes(dtype: torch.dtype, max_norm: float) -> None:
+    result = run(several(dtype).grads, max_norm, scale=False)
+    assert_equal("inverse", result.inverse, result.coefficient.float().reciprocal())
+    assert result.nonfinite == 0.0
+    result = run([torch.tensor([1.0, NAN], dtype=dtype)], scale=False)
+    assert result.inverse.isnan()
+    assert result.nonfinite == 1.0
+
+
+# What it costs the host.
+
+
+def lines_run(function: object) -> int:
+    """Lines of Python that a call executes: a loop over gradients would show."""
+    count = 0
+
+    def trace(frame: object, event: str, argument: object) -> object:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def test_new_addresses_cost_no_line_of_python_for_each_gradient(_own_plans: Plans) -> None:
+    counts = {}
+    for gradients in (16, 1000):
+        old, new = (list(memory) for memory in torch.randn(2, gradients, 40))
+        plan, _ = _own_plans.locate(old, 7)
+
+        def anew(grads: list[Tensor], plan: gradient_table.Plan) -> None:
+            found, table = _own_plans.locate(grads, 7)
+            assert found is plan
+            found.upload(table, grads[0].device)
+
+        counts[gradients] = lines_run(functools.partial(anew, new, plan))
+    assert counts[16] == counts[1000] < 80
 
 
 @pytest.mark.parametrize(
@@ -435,7 +567,7 @@ def test_can_run_on_what_was_made_in_inference_mode() -> None:
     assert "inference mode" in can_run([grad])
 
 
-def test_an_empty_gradient_is_refused_by_a_warm_table_too() -> None:
+def test_an_empty_gradient_is_refused_by_a_warm_plan_too() -> None:
     grads = [torch.ones(2), torch.ones(0)]
     run(grads)
     with pytest.raises(ValueError, match="empty gradient"):

@@ -21,11 +21,13 @@ from tests.kernels.gradient_problems import (
     F32,
     INF,
     Memory,
+    assert_equal,
     check_clip,
     exact_norm,
     mixed,
     random,
     run,
+    scaled,
     several,
     watched,
     without_empty,
@@ -67,9 +69,13 @@ MUTANTS = [
     ),
     Mutant("second barrier is the first", KERNEL, SECOND_WAIT, WAIT),
     Mutant("arrivals are not counted", BARRIER, "arrivals_ptr, 1,", "arrivals_ptr, 0,"),
-    Mutant("counters are left as they are", KERNEL, "    leave(arrivals_ptr, programs)\n", ""),
-    Mutant("the first to leave resets", KERNEL, "== participants - 1:", "== 0:"),
-    Mutant("half a reset", KERNEL, "        tl.store(arrivals_ptr + 1, 0)\n", ""),
+    Mutant(
+        "the second counter of the barrier",
+        KERNEL,
+        "tl.pointer_type(tl.int32))",
+        "tl.pointer_type(tl.int32)) + 2",
+    ),
+    Mutant("the counter is not zero", TABLE, "_words([0] *", "_words([1] *"),
     # partial results
     Mutant(
         "a partial stored after the arrival",
@@ -141,8 +147,8 @@ MUTANTS = [
     Mutant(
         "float16 for bfloat16 in the rescaling",
         KERNEL,
-        "tl.bfloat16,\n                    ZERO",
-        "tl.float16,\n                    ZERO",
+        "tl.bfloat16,\n                    NONFINITE",
+        "tl.float16,\n                    NONFINITE",
     ),
     # the rescaling
     Mutant("blind to a NaN coefficient", KERNEL, "not (coefficient >= 1.0)", "(coefficient < 1.0)"),
@@ -152,7 +158,7 @@ MUTANTS = [
         "tl.where(coefficient >= 1.0, 1.0, coefficient)",
         "tl.where(coefficient < 1.0, coefficient, 1.0)",
     ),
-    Mutant("written whether clipped or not", KERNEL, "SCALE and not (coefficient >= 1.0)", "SCALE"),
+    Mutant("written whether clipped or not", KERNEL, "SCALE and wanted:", "SCALE:"),
     Mutant(
         "a segment scaled twice",
         KERNEL,
@@ -191,15 +197,45 @@ MUTANTS = [
         "(reciprocal * max_norm).to(norm_dtype)",
         "(reciprocal * max_norm)",
     ),
-    Mutant("no 1e-6", KERNEL, "(total + 1e-6)", "(total + 0.0)"),
+    Mutant("no 1e-6", KERNEL, "(total + 1e-6).to(", "(total + 0.0).to("),
     Mutant(
         "torch's norms left out",
         KERNEL,
         "            total += of_others",
         "            total += 0.0",
     ),
+    # what is recorded
+    Mutant("the ring does not turn", KERNEL, "steps % capacity * 3", "0 * 3"),
+    Mutant("the threshold is not recorded", KERNEL, "row_ptr + 1, max_norm", "row_ptr + 1, total"),
+    Mutant("a row of two", KERNEL, "steps % capacity * 3", "steps % capacity * 2"),
+    Mutant("steps are not counted", KERNEL, "counts_ptr, steps + 1", "counts_ptr, steps"),
+    Mutant(
+        "not finite ones are not counted",
+        KERNEL,
+        "(counts_ptr + 1) + nonfinite",
+        "(counts_ptr + 1)",
+    ),
+    Mutant(
+        "the row does not end", KERNEL, "(counts_ptr + 2) + 1) * nonfinite", "(counts_ptr + 2) + 1)"
+    ),
+    Mutant("everybody records", KERNEL, "    if program == 0:\n", "    if program >= 0:\n"),
+    Mutant("the coefficient for its inverse", KERNEL, "tl.div_rn(1.0, coefficient)", "coefficient"),
+    Mutant("nothing is spared", KERNEL, "wanted = wanted & is_finite", "wanted = wanted"),
+    Mutant(
+        "what is spared is recorded as scaled",
+        KERNEL,
+        'tl.where(is_finite, coefficient, float("nan"))',
+        "coefficient",
+    ),
     # the table
+    Mutant("addresses without offsets", KERNEL, " + tl.load(offsets_ptr + segment)", ""),
     Mutant("segments overlap", TABLE, "                start = at\n", ""),
+    Mutant(
+        "memory that is shared later goes unnoticed",
+        TABLE,
+        "if not plan.fits(plan.addresses(table))",
+        "if False",
+    ),
     Mutant("dtypes are no part of the key", TABLE, "        tuple(map(_dtype, grads)),\n", ""),
     Mutant("layouts are no part of the key", TABLE, "        layouts,\n", ""),
     Mutant(
@@ -222,6 +258,7 @@ def check(module: ModuleType) -> None:
     check_clip(Memory().add(random(9)).add(torch.tensor([float("nan")])), 1.0, INF, module=module)
     check_clip(Memory().add(torch.ones(1)), module=module)
     check_options(module)
+    check_ring(module)
     check_tables(module)
     for index in (0, -1):
         check_clip(several(F32), module=module, schedule=Starve(index))
@@ -240,6 +277,22 @@ def check_options(module: ModuleType) -> None:
     assert not accesses.stores
 
 
+def check_ring(module: ModuleType) -> None:
+    ring = module.Ring(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
+    for step, value in enumerate((1.0, INF, float("nan"), 2.0)):
+        grads = [random(40), torch.tensor([value]), random(30, dtype=F16)]
+        before = [grad.clone() for grad in grads]
+        result = run(grads, 1.0 + step, ring=ring, spare_nonfinite=True, module=module)
+        assert_equal("inverse", result.inverse, result.coefficient.float().reciprocal())
+        spared = step in (1, 2)
+        recorded = torch.tensor(float("nan")) if spared else result.coefficient.float()
+        row = torch.stack((result.total_norm.float(), torch.tensor(1.0 + step), recorded))
+        assert_equal("row", ring.rows[step % 2], row)
+        for grad, old in zip(grads, before, strict=True):
+            assert_equal("gradient", grad, old if spared else scaled(old, result.coefficient))
+        assert ring.counts.tolist() == [step + 1, min(step, 2), (0, 1, 2, 0)[step]]
+
+
 def check_tables(module: ModuleType) -> None:
     def check_norm(*grads: torch.Tensor) -> None:
         result = run(grads, scale=False, module=module, norm_dtype=F32)
@@ -255,7 +308,11 @@ def check_tables(module: ModuleType) -> None:
     check_norm(square.as_strided((6, 6), (1, 1)))
     check_norm(square, square[1])
     # Two programs would scale it at the same time, and the interpreter has no such thing.
-    assert module._tables.find((square, square[1]), 5).others == [1]
+    assert module._plans.locate((square, square[1]), 5)[0].others == [1]
+    apart = random(50), random(50)
+    assert module._plans.locate(apart, 5)[0].others == []
+    line = random(80)
+    assert module._plans.locate((line[:50], line[30:]), 5)[0].others == [1]
 
 
 def test_the_kernel_itself_passes() -> None:

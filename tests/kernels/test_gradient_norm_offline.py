@@ -30,8 +30,8 @@ BROKEN = {
     "few registers": (NORM, "MAX_REGISTERS = 64", "MAX_REGISTERS = 32", "spills"),
     "many programs": (
         TABLE,
-        "PROGRAMS_PER_MULTIPROCESSOR = 4",
-        "PROGRAMS_PER_MULTIPROCESSOR = 6",
+        "PROGRAMS_PER_MULTIPROCESSOR = 2",
+        "PROGRAMS_PER_MULTIPROCESSOR = 3",
         "registers of too few programs",
     ),
     "sums added by atomics": (
@@ -52,7 +52,7 @@ import importlib, sys
 for name in sys.argv[1:]:
     offline = importlib.import_module(f"{name}.offline_norm")
     scale = "stored" in name  # it doubles the time
-    case = offline.NormCase("sm_90", "2", "bf16", True, scale, False)
+    case = offline.NormCase("sm_90", "2", "bf16", True, scale, "scale")
     print(name, offline.examine(case).line, flush=True)
 """
 
@@ -71,7 +71,7 @@ def test_a_representative_part_passes_and_is_as_it_was() -> None:
     command = ("fastrnn_kernels.offline_norm", "--quick", "--check", str(SNAPSHOT))
     done = run(PACKAGE.parent, "-m", *command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 cases, 0 faulty" in done.stdout
+    assert "10 cases, 0 faulty" in done.stdout
 
 
 @pytest.mark.timeout(300)

@@ -10,11 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn.clip import clip_grad_norm as clip
 from fastrnn.clip import gradient_norms
-from fastrnn_kernels import gradient_norm
+from fastrnn_kernels import gradient_norm, gradient_threshold
 from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import RandomOrder, RunAhead, Schedule, cooperative
 from tests.kernels.gradient_problems import (
@@ -29,6 +30,7 @@ from tests.kernels.gradient_problems import (
 )
 
 pytestmark = pytest.mark.interpreter
+KERNEL, THRESHOLD_KERNEL = "gradient_norm_kernel", "threshold_kernel"
 
 
 @contextlib.contextmanager
@@ -45,6 +47,54 @@ def on_kernel(schedule: Schedule | None = None) -> Iterator[mock.Mock]:
         mock.patch.object(gradient_norms, "can_run_kernel", gradient_norm.can_run),
         mock.patch.object(gradient_norm, "clip_gradients", launches),
         cooperative(schedule),
+    ):
+        yield launches
+
+
+class Launches(TorchDispatchMode):
+    """Names of what would be started on a GPU: operations, but for views and allocations."""
+
+    FREE = ("aten.empty", "aten.select", "aten.slice", "aten.unbind", "aten.unsqueeze", "aten.view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, operation: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if not str(operation).startswith(self.FREE):
+            self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(kernel: mock.Mock) -> Iterator[Launches]:
+    """Counts launches; what the host does before one, and where it asks, are not among them.
+
+    Gradients lie on the CPU, where a clipper asks for values; here it believes that they do not.
+    """
+    original = kernel._mock_wraps
+
+    def unseen(*arguments: object, **options: object) -> object:
+        with torch.utils._python_dispatch._disable_current_modes():
+            found = original(*arguments, **options)
+        launches.names.append(KERNEL)
+        return found
+
+    settle = gradient_threshold.settle
+
+    def unseen_settle(*arguments: object, **options: object) -> object:
+        with torch.utils._python_dispatch._disable_current_modes():
+            found = settle(*arguments, **options)
+        launches.names.append(THRESHOLD_KERNEL)
+        return found
+
+    kernel._mock_wraps = unseen
+    with (
+        mock.patch.object(gradient_threshold, "settle", unseen_settle),
+        mock.patch.object(torch.Tensor, "is_cpu", False),
+        Launches() as launches,
     ):
         yield launches
 
@@ -167,3 +217,73 @@ def test_gradient_clipper_zeroes(value: float) -> None:
     assert launches.call_count == 1
     assert not norm.isfinite()
     assert all(p.grad.eq(0).all() for p in parameters)
+
+
+def launches_of(call: str, optimizer: bool, **options: object) -> list[str]:
+    """What the second of two steps of a clipper starts."""
+    parameters = parameters_with([random(300), random(20, seed=1), random(3, seed=2)])
+    clipper = fastrnn.GradientClipper(parameters, 1.0, **options)
+    adam = torch.optim.AdamW(parameters, fused=True)
+    with on_kernel() as kernel:
+        for _ in range(2):
+            with as_on_a_gpu(kernel) as launches:
+                clipper.clip_into(adam) if optimizer else clipper.clip()
+    assert clipper.steps == 2
+    return launches.names
+
+
+@pytest.mark.parametrize("nonfinite", ["keep", "zero"])
+def test_a_clip_is_one_launch(nonfinite: str) -> None:
+    assert launches_of("clip", optimizer=False, nonfinite=nonfinite) == [KERNEL]
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_clip_that_has_to_ask_is_one_launch_and_the_answer(nonfinite: str) -> None:
+    launches = launches_of("clip", optimizer=False, nonfinite=nonfinite)
+    assert [name for name in launches if "_local_scalar_dense" not in name] == [KERNEL]
+
+
+@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
+def test_a_clip_into_a_step_is_one_launch(nonfinite: str) -> None:
+    assert launches_of("clip_into", optimizer=True, nonfinite=nonfinite) == [KERNEL]
+
+
+@pytest.mark.parametrize("into", [False, True], ids=["clip", "clip_into"])
+@pytest.mark.parametrize("nonfinite", ["keep", "skip"])
+def test_a_percentile_is_at_most_three_launches(nonfinite: str, into: bool) -> None:
+    launches = launches_of("", optimizer=into, nonfinite=nonfinite, percentile=10)
+    started = [name for name in launches if "_local_scalar_dense" not in name]
+    scaled = [] if into else ["aten._foreach_mul_.Tensor"]
+    assert started == [KERNEL, THRESHOLD_KERNEL, *scaled]
+
+
+@pytest.mark.parametrize("percentile", [None, 30.0])
+@pytest.mark.parametrize("nonfinite", ["keep", "skip", "zero"])
+@pytest.mark.parametrize("into", [False, True], ids=["clip", "clip_into"])
+def test_the_kernel_records_what_torchs_operations_would(
+    into: bool, nonfinite: str, percentile: float | None
+) -> None:
+    if into and nonfinite == "zero":
+        pytest.skip("a fused step cannot zero gradients")
+
+    def steps(by_kernel: bool) -> tuple[object, tuple[int, int], int, list[Tensor]]:
+        parameters = parameters_with([random(40), random(9, seed=1)])
+        optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
+        clipper = fastrnn.GradientClipper(
+            parameters, 3.0, nonfinite=nonfinite, history=4, percentile=percentile
+        )
+        for step in range(6):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = random(*parameter.shape, seed=index + step, scale=0.3 * step)
+            if step in (2, 5):
+                parameters[0].grad[7] = math.nan
+            with on_kernel() if by_kernel else contextlib.nullcontext():
+                if into:
+                    clipper.clip_into(optimizer)
+                    optimizer.step()
+                else:
+                    clipper.clip()
+        grads = [p.detach() if into else p.grad for p in parameters]
+        return clipper.history(), clipper._ring.counts(), clipper._ring._counts[2], grads
+
+    torch.testing.assert_close(steps(True), steps(False), rtol=1e-6, atol=1e-7, equal_nan=True)

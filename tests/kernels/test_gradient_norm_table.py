@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +14,9 @@ from fastrnn_kernels.gradient_table import (
     LINE_BYTES,
     MAX_ELEMENTS,
     SEGMENT_BYTES,
-    Extent,
+    Plan,
+    Plans,
     Segment,
-    Table,
-    Tables,
     is_dense,
     partition,
     share_out,
@@ -28,72 +26,61 @@ INT32 = 2**31
 
 
 @st.composite
-def lists_of_extents(draw: st.DrawFn) -> list[Extent]:
-    """One behind another, at any multiple of their element's size; some empty, some of billions."""
-    extents, address = [], 2**40
-    sizes = st.one_of(st.integers(0, 40), st.integers(0, 10**6), st.integers(INT32, 2**36))
-    for elements, itemsize, gap in draw(
-        st.lists(st.tuples(sizes, st.sampled_from([2, 4]), st.integers(0, 300)), max_size=20)
-    ):
-        address += gap // itemsize * itemsize + address % itemsize
-        extents.append(Extent(address, elements, itemsize))
-        address = extents[-1].end
-    return extents
+def lists_of_sizes(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Elements, some none and some billions, and bytes of an element."""
+    elements = st.one_of(st.integers(0, 40), st.integers(0, 10**6), st.integers(INT32, 2**36))
+    return draw(st.lists(st.tuples(elements, st.sampled_from([2, 4])), max_size=20))
 
 
-@given(extents=lists_of_extents(), programs=st.integers(1, 700))
-def test_every_element_is_in_one_segment(extents: list[Extent], programs: int) -> None:
-    segments, _ = share_out(extents, programs, MAX_ELEMENTS)
+@given(sizes=lists_of_sizes(), programs=st.integers(1, 700))
+def test_every_element_is_in_one_segment(sizes: list[tuple[int, int]], programs: int) -> None:
+    segments, _ = share_out(sizes, programs, MAX_ELEMENTS)
     by_gradient = {
         gradient: list(group)
         for gradient, group in itertools.groupby(segments, lambda segment: segment.gradient)
     }
-    assert list(by_gradient) == [i for i, extent in enumerate(extents) if extent.elements]
+    assert list(by_gradient) == [i for i, (elements, _) in enumerate(sizes) if elements]
     for gradient, parts in by_gradient.items():
-        address = extents[gradient].address
+        elements, itemsize = sizes[gradient]
+        offset = 0
         for part in parts:
-            assert part.address == address
+            assert part.offset == offset
             assert 0 < part.elements <= MAX_ELEMENTS < INT32
-            address += part.elements * extents[gradient].itemsize
-        assert address == extents[gradient].end
+            offset += part.elements * itemsize
+        assert offset == elements * itemsize
 
 
-@given(extents=lists_of_extents(), programs=st.integers(1, 700))
-def test_shares_are_equal(extents: list[Extent], programs: int) -> None:
-    longest = max((extent.elements for extent in extents), default=0) + 1
-    segments, shares = share_out(extents, programs, longest)
+@given(sizes=lists_of_sizes(), programs=st.integers(1, 700))
+def test_shares_are_equal(sizes: list[tuple[int, int]], programs: int) -> None:
+    longest = max((elements for elements, _ in sizes), default=0) + 1
+    segments, shares = share_out(sizes, programs, longest)
     assert len(shares) == programs + 1
     assert shares[0] == 0
     assert shares[-1] == len(segments)
     assert shares == sorted(shares)
-    assert len(segments) <= len(extents) + programs - 1
-    sizes = [segment.elements * extents[segment.gradient].itemsize for segment in segments]
-    total = sum(sizes) + SEGMENT_BYTES * sum(1 for extent in extents if extent.elements)
+    assert len(segments) <= len(sizes) + programs - 1
+    in_bytes = [segment.elements * sizes[segment.gradient][1] for segment in segments]
+    total = sum(in_bytes) + SEGMENT_BYTES * sum(1 for elements, _ in sizes if elements)
     for first, last in itertools.pairwise(shares):
         # What is cut off at a line goes to the next; a part of a gradient costs its row again.
-        assert sum(sizes[first:last]) <= total / programs + LINE_BYTES
+        assert sum(in_bytes[first:last]) <= total / programs + LINE_BYTES
 
 
-@given(extents=lists_of_extents(), programs=st.integers(1, 700))
-def test_cuts_are_at_full_lines(extents: list[Extent], programs: int) -> None:
-    segments, _ = share_out(extents, programs, MAX_ELEMENTS)
-    for before, segment in itertools.pairwise(segments):
-        if before.gradient == segment.gradient:
-            assert segment.address % LINE_BYTES == before.address % LINE_BYTES or (
-                segment.address % LINE_BYTES == 0
-            )
+@given(sizes=lists_of_sizes(), programs=st.integers(1, 700))
+def test_cuts_are_at_full_lines(sizes: list[tuple[int, int]], programs: int) -> None:
+    segments, _ = share_out(sizes, programs, MAX_ELEMENTS)
+    assert all(segment.offset % LINE_BYTES == 0 for segment in segments)
 
 
 def test_a_small_example() -> None:
-    extents = [Extent(1024, 4096, 4), Extent(20_000, 0, 4), Extent(30_002, 1, 2)]
     # Costs 8192 + 16384 and 8192 + 2: shares end at 10923 and 21846, that is 2731 and 13654 bytes
     # into the first gradient, rounded down to lines.
-    segments, shares = share_out(extents, 3, MAX_ELEMENTS)
+    segments, shares = share_out([(4096, 4), (0, 4), (1, 2)], 3, MAX_ELEMENTS)
     assert segments == [
-        Segment(0, 1024, 672),
-        Segment(0, 1024 + 2688, 2720),
-        Segment(0, 1024 + 13_568, 704),
-        Segment(2, 30_002, 1),
+        Segment(0, 0, 672),
+        Segment(0, 2688, 2720),
+        Segment(0, 13_568, 704),
+        Segment(2, 0, 1),
     ]
     assert shares == [0, 1, 2, 4]
 
@@ -101,19 +88,30 @@ def test_a_small_example() -> None:
 def test_a_table_is_what_the_kernel_reads() -> None:
     grads = [torch.ones(50), torch.ones(0), torch.ones(20, dtype=torch.bfloat16)]
     grads.append(torch.ones(3, dtype=torch.float16))
-    table = Table.build(grads, programs=2)
-    addresses = [grads[i].data_ptr() for i in (0, 2, 3)]
-    sizes = [50 * 4 + 0, 20 * 4 + 1, 3 * 4 + 2]
+    plan, table = Plans().locate(grads, programs=2)
+    sizes = [50 * 4 + 0, (2 << 32) + 20 * 4 + 1, (3 << 32) + 3 * 4 + 2]
     firsts = [0 * 4 + 0, 1 * 4 + 0, 1 * 4 + 1, 2 * 4 + 2, 3 * 4]
-    assert (table.segments, table.gradients, table.programs) == (3, 4, 2)
-    assert table.memory.tolist() == [*addresses, *sizes, *firsts, 0, 1, 3]
+    assert (plan.segments, plan.gradients, plan.programs) == (3, 4, 2)
+    assert table.tolist() == [
+        0,
+        *(grad.data_ptr() for grad in grads),
+        *(0, 0, 0),
+        *sizes,
+        *firsts,
+        *(0, 1, 3),
+    ]
+    assert plan.upload(table, torch.device("cpu")) is table
+
+
+def programs_for(*sizes: int) -> int:
+    return Plans().locate([torch.empty(size) for size in sizes])[0].programs
 
 
 def test_programs_are_as_many_as_there_is_work_for() -> None:
-    assert Table.build([torch.ones(5)]).programs == 1
-    assert Table.build([torch.ones(0)]).programs == 1
-    assert Table.build([torch.empty(10**6)]).programs == 123  # 4 MB in shares of 32 KB
-    assert Table.build([torch.empty(10**7)]).programs == 4 * 132
+    assert programs_for(5) == 1
+    assert programs_for(0) == 1
+    assert programs_for(10**6) == 123  # 4 MB in shares of 32 KB
+    assert programs_for(10**7) == 2 * 132
 
 
 @pytest.mark.parametrize(
@@ -158,45 +156,33 @@ def test_kinds_fit_two_bits() -> None:
     assert max(KINDS.values()) < 4
 
 
-class Streams:
-    """What `Table.make_visible` does to streams."""
-
-    def __init__(self) -> None:
-        self.current = mock.Mock(cuda_stream=1)
-
-    def use(self, cuda_stream: int, table: Table) -> mock.Mock:
-        self.current = mock.Mock(cuda_stream=cuda_stream)
-        with mock.patch("torch.cuda.current_stream", lambda device: self.current):
-            table.make_visible()
-        return self.current
-
-
-def test_another_stream_waits_for_the_upload_once() -> None:
-    memory, uploaded = mock.Mock(), mock.Mock()
-    table = Table(memory, 1, 1, 1, [0], [], uploaded, {1})
-    streams = Streams()
-    assert not streams.use(1, table).wait_event.called
-    streams.use(2, table).wait_event.assert_called_once_with(uploaded)
-    memory.record_stream.assert_called_once_with(streams.current)
-    assert not streams.use(2, table).wait_event.called
-    assert not streams.use(1, table).wait_event.called
-
-
-def test_the_least_recently_used_table_goes() -> None:
-    tables = Tables(most=2)
+def test_the_least_recently_used_plan_goes() -> None:
+    plans = Plans(most=2)
     a, b, c = ([torch.ones(n)] for n in (1, 2, 3))
-    kept = tables.add(a)
-    tables.add(b)
-    assert tables.find(a) is kept
-    tables.add(c)
-    assert tables.find(a) is kept
-    assert tables.find(b) is None
+    kept, _ = plans.locate(a)
+    plans.locate(b)
+    assert plans.find(a) is kept
+    plans.locate(c)
+    assert plans.find(a) is kept
+    assert plans.find(b) is None
 
 
-def test_a_captured_table_stays() -> None:
-    tables = Tables(most=1)
-    a, b = [torch.ones(1)], [torch.ones(2)]
-    table = tables.add(a)
-    tables.keep(a, None, table)
-    tables.add(b)
-    assert tables.find(a) is table
+def plan_of(*grads: torch.Tensor) -> Plan:
+    return Plan.build(grads, [*range(len(grads))], [], 1)
+
+
+@given(data=st.data())
+def test_fits_is_whether_no_two_share_memory(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    begins = data.draw(st.lists(st.integers(0, 20), min_size=len(sizes), max_size=len(sizes)))
+    plan = plan_of(*(torch.empty(size) for size in sizes))
+    places = [set(range(begin, begin + size)) for begin, size in zip(begins, sizes, strict=True)]
+    apart = len(set().union(*places)) == sum(sizes)
+    assert plan.fits(4 * torch.tensor(begins)) == apart
+
+
+def test_fits_is_also_whether_addresses_are_multiples_of_the_size() -> None:
+    plan = plan_of(torch.empty(3), torch.empty(3, dtype=torch.bfloat16), torch.empty(0))
+    assert plan.fits(torch.tensor([400, 202, 1]))
+    assert not plan.fits(torch.tensor([402, 202, 1]))
+    assert not plan.fits(torch.tensor([400, 201, 1]))

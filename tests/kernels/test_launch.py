@@ -90,7 +90,8 @@ def test_full_memory_and_exits_are_nobodys_refusal(error: BaseException) -> None
     assert found.value is error
 
 
-def test_an_error_of_the_interpreter_is_raised_as_it_is() -> None:
+def test_an_error_of_the_interpreter_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     error = RuntimeError("a test's")
     with pytest.raises(RuntimeError) as found, launching(torch.zeros(1)):
         raise error
