@@ -481,12 +481,17 @@ def lstm_composite(
         h_previous = _previous(step, h_steps, h_0, sizes, reverse)
         c_previous = _previous(step, c_steps, c_0, sizes, reverse)
         gates = gates_x[step] + functional.linear(h_previous, weights.hh)
-        i, f, g, o = gates.chunk(4, 1)
-        c_steps[step] = f.sigmoid() * c_previous + i.sigmoid() * g.tanh()
-        h_t = o.sigmoid() * c_steps[step].tanh()
-        h_steps[step] = h_t if weights.hr is None else functional.linear(h_t, weights.hr)
+        h_steps[step], c_steps[step] = composite_step(gates, c_previous, weights.hr)
     h = torch.cat(h_steps) if sizes else rows.new_empty(0, h_0.shape[1])
     c = torch.cat(c_steps) if sizes else rows.new_empty(0, weights.hidden_size)
     h_n = _final(h_steps, h_0, sizes, reverse)
     c_n = _final(c_steps, c_0, sizes, reverse)
     return Forward(h, h_n, c_n, c, ())
+
+
+def composite_step(gates: Tensor, c_previous: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """H and c of one step in differentiable operations, of its gates before their activation."""
+    i, f, g, o = gates.chunk(4, 1)
+    c = f.sigmoid() * c_previous + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if hr is None else functional.linear(h, hr), c

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.input.blanking import blank_
+from fastrnn.input.blanking import blank_, blanked
 from fastrnn.input.packing import (
     Cut,
     Layout,
@@ -23,10 +23,12 @@ from fastrnn.input.packing import (
     dense_layout,
     ragged_layout,
 )
+from fastrnn.input.transforms import under_functorch, vectorized
 
 
 def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
-    return blank_(flat.index_select(0, layout.gather), layout.valid)
+    rows = flat.index_select(0, layout.gather)
+    return blanked(rows, layout.valid) if vectorized(rows) else blank_(rows, layout.valid)
 
 
 class _IntoRectangles(torch.autograd.Function):
@@ -39,7 +41,7 @@ class _IntoRectangles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
-        return _OutOfRectangles.apply(d_rows, ctx.layout), None
+        return out_of_rectangles(d_rows, ctx.layout), None
 
 
 class _OutOfRectangles(torch.autograd.Function):
@@ -52,12 +54,12 @@ class _OutOfRectangles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_flat: Tensor) -> tuple[Tensor, None]:
-        return _IntoRectangles.apply(d_flat, ctx.layout), None
+        return into_rectangles(d_flat, ctx.layout), None
 
 
 def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
-    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding."""
-    if not (torch.is_grad_enabled() and flat.requires_grad):
+    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding; one node where it can be."""
+    if under_functorch() or not (torch.is_grad_enabled() and flat.requires_grad):
         return _into_rectangles(flat, layout)
     rows: Tensor = _IntoRectangles.apply(flat, layout)
     return rows
@@ -65,7 +67,7 @@ def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
 
 def out_of_rectangles(rows: Tensor, layout: RectangleLayout) -> Tensor:
     """Rows ``[N, F]``, the last of them zero, to ``[entries, F]``, zeros at invalid steps."""
-    if not (torch.is_grad_enabled() and rows.requires_grad):
+    if under_functorch() or not (torch.is_grad_enabled() and rows.requires_grad):
         return rows.index_select(0, layout.spread)
     flat: Tensor = _OutOfRectangles.apply(rows, layout)
     return flat
@@ -79,7 +81,7 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     assert layout.gather is not None
     spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
     flat = rows.new_zeros(entries + spare, rows.shape[1])
-    if torch._C._are_functorch_transforms_active():  # which has a rule for the copy alone
+    if under_functorch():  # which has a rule for the copy alone
         return flat.index_copy(0, layout.gather, rows)[:entries]
     return flat.index_copy_(0, layout.gather, rows)[:entries]
 

@@ -33,6 +33,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fastrnn.input.transforms import is_batched, under_functorch, unwrapped
+
 Lengths: TypeAlias = Tensor | Sequence[int]
 
 
@@ -346,7 +348,9 @@ def ragged_layout(
         own, mask, resets = (None if v is None else v.cpu() for v in (own, mask, resets))
         lengths = lengths.cpu() if isinstance(lengths, Tensor) else lengths
     given = [value for value in (own, lengths, mask, resets) if isinstance(value, Tensor)]
-    exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in given)
+    exact = not torch.compiler.is_compiling() and all(
+        value.is_cpu and not is_batched(value) for value in given
+    )
     device = torch.device("cpu") if exact else form.device
 
     if lengths is not None:
@@ -650,8 +654,11 @@ def check_lengths(lengths: Lengths, batch: int, steps: int, exact: bool) -> Tens
                 f"lengths must be at most the {steps} steps of the input, got {max(on_host)}; "
                 "pad the input to the longest sequence"
             )
-    else:  # checked where the data are, without waiting for them
-        fits = ((lengths >= 0) & (lengths <= steps)).all()
+    elif not (torch.compiler.is_compiling() and under_functorch()):
+        # Checked where the data are, without waiting for them. vmap has no rule for the assertion,
+        # and a graph cannot look behind it; scatter_add refuses such lengths there.
+        whole = lengths if torch.compiler.is_compiling() else unwrapped(lengths)
+        fits = ((whole >= 0) & (whole <= steps)).all()
         torch._assert_async(fits, "lengths must lie in [0, T], T the steps of the input")
     return lengths
 

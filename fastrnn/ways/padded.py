@@ -24,6 +24,7 @@ from torch.nn import functional
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blanked
 from fastrnn.input.packing import PaddedLayout
+from fastrnn.input.transforms import vectorized
 from fastrnn.ways import onednn
 from fastrnn.ways.dense import run_dense_layer
 from fastrnn.ways.torch_lstm import DenseOutput
@@ -133,7 +134,9 @@ class _Ended(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, d_own: Tensor) -> tuple[Tensor, None, None]:
-        return blanked(d_output, ctx.valid).scatter_add_(0, ctx.last, d_own), None, None
+        d_outputs = blanked(d_output, ctx.valid)
+        add = d_outputs.scatter_add if vectorized(d_output, d_own) else d_outputs.scatter_add_
+        return add(0, ctx.last, d_own), None, None
 
 
 # Function.apply without its looking for functorch, which cannot be here (see onednn.py): 50 us of

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn.input.packing import PackedLayout
+from fastrnn.input.transforms import vectorized
 from fastrnn.ways.recurrence import (
     CPU,
     differentiate,
@@ -319,11 +320,11 @@ class _Differentiable(torch.autograd.Function):
         """Gradients of the inputs that need one."""
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         with outside_autocast(inputs[0].device):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or vectorized(*d_outputs):
                 if ctx.composite is None:
                     raise RuntimeError(
-                        "torch's LSTM on this device has no double backward with dropout between "
-                        'layers; use backend="reference" for it, or dropout=0'
+                        "torch's LSTM on this device has no double or vectorized backward with "
+                        'dropout between layers; use backend="reference" for it, or dropout=0'
                     )
                 return (None, None, *differentiate(ctx.composite, d_outputs, inputs, needs))
             leaves, outputs = ctx.graph
