@@ -4,7 +4,8 @@ In this order:
 
 - under functorch transforms or forward-mode derivatives: the differentiable step loop; bounded.py
   where the sizes of steps are not on the host;
-- while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
+- while ``torch.compile``, ``torch.export`` or make_fx traces, and where tensors have no data: the
+  opaque operator of operators.py;
 - on a GPU that has them: the Triton kernels, fused.py, and widening.py for some hidden sizes;
 - where the rows are those of rectangles: rectangles.py;
 - where every sequence has all steps: dense.py;
@@ -22,7 +23,7 @@ from torch.autograd import forward_ad
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.choosing.backends import on_kernels
 from fastrnn.input.packing import Layout, PackedLayout, RectangleLayout
-from fastrnn.input.transforms import in_dual_level, under_functorch
+from fastrnn.input.transforms import in_dual_level, is_traced, under_functorch
 from fastrnn.operators import lstm_layer_op
 from fastrnn.ways import onednn
 from fastrnn.ways.bounded import run_bounded
@@ -72,9 +73,9 @@ def lstm_layer(
         with outside_autocast(rows.device):
             return run_rectangles(layout, rows, h_0, c_0, weights)
     assert isinstance(layout, PackedLayout)
-    compiling, hidden_size = torch.compiler.is_compiling(), weights[0].hidden_size
+    traced, hidden_size = is_traced(rows), weights[0].hidden_size
     composite = needs_composite(rows, h_0, c_0, *flatten_weights(weights))
-    if composite and (compiling or not layout.exact):
+    if composite and (traced or not layout.exact):
         steps = layout.steps_on(rows.device)
         with outside_autocast(rows.device):
             return run_bounded(steps, rows, h_0, c_0, weights, cell_states=cell_states)
@@ -85,7 +86,7 @@ def lstm_layer(
     bias, projection = weights[0].bias_ih is not None, weights[0].hr is not None
     inputs = (rows, h_0, c_0, *flat)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if compiling:
+    if traced:
         h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),
             *(bias, projection, cell_states, needs_grad, backend, memory),

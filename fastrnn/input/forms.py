@@ -23,7 +23,7 @@ from fastrnn.input.packing import (
     dense_layout,
     ragged_layout,
 )
-from fastrnn.input.transforms import under_functorch, vectorized
+from fastrnn.input.transforms import read, under_functorch, vectorized
 
 
 def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
@@ -146,7 +146,7 @@ class Packed:
     def __init__(self, x: PackedSequence, batch_first: bool) -> None:
         self.x, self.data = x, x.data
         self.time_major = not batch_first
-        self.steps, self.batch = x.batch_sizes.shape[0], int(x.batch_sizes[0])
+        self.steps, self.batch = x.batch_sizes.shape[0], read(lambda: x.batch_sizes[0])
         self.entries = self.data.shape[0]
         self.device = self.data.device
 

@@ -33,7 +33,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fastrnn.input.transforms import is_batched, under_functorch, unwrapped
+from fastrnn.input.transforms import is_batched, is_traced, under_functorch, unwrapped
 
 Lengths: TypeAlias = Tensor | Sequence[int]
 
@@ -348,9 +348,7 @@ def ragged_layout(
         own, mask, resets = (None if v is None else v.cpu() for v in (own, mask, resets))
         lengths = lengths.cpu() if isinstance(lengths, Tensor) else lengths
     given = [value for value in (own, lengths, mask, resets) if isinstance(value, Tensor)]
-    exact = not torch.compiler.is_compiling() and all(
-        value.is_cpu and not is_batched(value) for value in given
-    )
+    exact = not is_traced(*given) and all(v.is_cpu and not is_batched(v) for v in given)
     device = torch.device("cpu") if exact else form.device
 
     if lengths is not None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn.input.packing import PackedLayout
-from fastrnn.input.transforms import vectorized
+from fastrnn.input.transforms import have_own_class, vectorized
 from fastrnn.ways.recurrence import (
     CPU,
     differentiate,
@@ -232,6 +232,8 @@ def _weights(flat: Sequence[Tensor], dtype: torch.dtype, stack: Stack) -> list[T
     cuDNN takes weights in one chunk of memory, where nn.LSTM's parameters are; torch warns at every
     call where they are not, and makes a chunk. So does this, without a warning.
     """
+    if have_own_class(flat):
+        return list(flat)
     own = [weight if weight.dtype == dtype else weight.to(dtype) for weight in flat]
     if own[0].device == CPU:  # oneDNN takes strided weights for contiguous ones
         return [weight if weight.is_contiguous() else weight.contiguous() for weight in own]
