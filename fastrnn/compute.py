@@ -17,6 +17,7 @@ from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, ragged_lay
 from fastrnn.stack import layers_of, run_stack
 from fastrnn.ways import torch_lstm
 from fastrnn.ways.dense import run_dense
+from fastrnn.ways.onnx_lstm import run_onnx
 from fastrnn.ways.padded import run_padded
 from fastrnn.ways.recurrence import outside_autocast
 from fastrnn.ways.torch_lstm import DenseOutput, Stack
@@ -47,10 +48,13 @@ def compute(asked: Request, choice: Choice) -> Computed:
 
 
 def _compute(asked: Request, choice: Choice) -> Computed:
-    if choice.way in ("cell", "dense", "torch") and asked.dense:
+    # ExpandedWeights know no oneDNN, which computes a dense batch and no rows.
+    if choice.way in ("cell", "dense", "torch") and asked.dense and not asked.own_class:
         return _dense(asked, choice.way)
     if choice.way == "torch":
         return _torch_rows(asked)
+    if choice.way == "onnx":
+        return _onnx(asked)
     if choice.way == "padded":
         return _padded(asked, choice.layout)
     return _by_rows(asked, choice)
@@ -180,6 +184,23 @@ def _padded(asked: Request, layout: Layout | PaddedLayout | None) -> Computed:
         dropout=stack.dropout,
     )
     return Computed(h_n, c_n, [output])
+
+
+def _onnx(asked: Request) -> Computed:
+    """A padded batch as nodes of ONNX."""
+    form, lengths = asked.form, asked.lengths
+    if lengths is not None:
+        lengths = check_lengths(lengths, form.batch, form.steps, exact=False)
+    found = run_onnx(
+        form.data.to(asked.dtype),
+        lengths,
+        layers_of(asked.flat, asked.dtype, asked.stack),
+        asked.h_0,
+        asked.c_0,
+        batch_first=not form.time_major,
+        dropout=asked.stack.dropout,
+    )
+    return Computed(found.h_n, found.c_n, [found.output])
 
 
 def _by_rows(asked: Request, choice: Choice) -> Computed:

@@ -2,8 +2,10 @@
 
 In this order:
 
-- while ``torch.compile`` or ``torch.export`` traces: the opaque operator of operators.py;
-- under functorch transforms or forward-mode derivatives: the differentiable step loop;
+- under functorch transforms or forward-mode derivatives: the differentiable step loop; bounded.py
+  where the sizes of steps are not on the host;
+- while ``torch.compile``, ``torch.export`` or make_fx traces, and where tensors have no data: the
+  opaque operator of operators.py;
 - on a GPU that has them: the Triton kernels, fused.py, and widening.py for some hidden sizes;
 - where the rows are those of rectangles: rectangles.py;
 - where every sequence has all steps: dense.py;
@@ -21,8 +23,10 @@ from torch.autograd import forward_ad
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.choosing.backends import on_kernels
 from fastrnn.input.packing import Layout, PackedLayout, RectangleLayout
+from fastrnn.input.transforms import in_dual_level, is_traced, under_functorch
 from fastrnn.operators import lstm_layer_op
 from fastrnn.ways import onednn
+from fastrnn.ways.bounded import run_bounded
 from fastrnn.ways.dense import run_dense_rows
 from fastrnn.ways.fused import Fused, FusedCall
 from fastrnn.ways.rectangles import run_rectangles
@@ -69,8 +73,12 @@ def lstm_layer(
         with outside_autocast(rows.device):
             return run_rectangles(layout, rows, h_0, c_0, weights)
     assert isinstance(layout, PackedLayout)
-    compiling, hidden_size = torch.compiler.is_compiling(), weights[0].hidden_size
-    composite = not compiling and needs_composite(rows, h_0, c_0, *flatten_weights(weights))
+    traced, hidden_size = is_traced(rows), weights[0].hidden_size
+    composite = needs_composite(rows, h_0, c_0, *flatten_weights(weights))
+    if composite and (traced or not layout.exact):
+        steps = layout.steps_on(rows.device)
+        with outside_autocast(rows.device):
+            return run_bounded(steps, rows, h_0, c_0, weights, cell_states=cell_states)
     kernels = on_kernels(backend) and not composite
     if kernels:
         weights, h_0, c_0 = widen(weights, h_0, c_0)
@@ -78,7 +86,7 @@ def lstm_layer(
     bias, projection = weights[0].bias_ih is not None, weights[0].hr is not None
     inputs = (rows, h_0, c_0, *flat)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if compiling:
+    if traced:
         h, h_n, c_n, c, *_ = lstm_layer_op(
             *(rows, layout.batch_sizes, h_0, c_0, flat),
             *(bias, projection, cell_states, needs_grad, backend, memory),
@@ -122,8 +130,11 @@ def lstm_layer(
 
 def needs_composite(*inputs: Tensor) -> bool:
     """Whether only differentiable operations will do: under functorch, or forward-mode."""
-    if torch._C._are_functorch_transforms_active():
+    if under_functorch():
         return True
-    if forward_ad._current_level < 0:
+    if not in_dual_level():
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs)
+    # A graph may look at no tangents.
+    return torch.compiler.is_compiling() or any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs
+    )

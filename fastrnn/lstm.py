@@ -7,15 +7,19 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.choosing.backends import Backend, check_backend
 from fastrnn.choosing.choose import Choice, choose, dense_on_cpu
 from fastrnn.choosing.environment import forced_backend
-from fastrnn.choosing.request import Request, have_own_class
+from fastrnn.choosing.request import Request
 from fastrnn.compute import Computed, Sequences, compute, run_dense_by
+from fastrnn.flops import teach
 from fastrnn.input.arguments import Lengths, batched_flags, batched_length
 from fastrnn.input.forms import Form, Jagged, Packed, Padded
+from fastrnn.input.transforms import have_own_class
 from fastrnn.ways.onednn import outside_transforms
 from fastrnn.ways.recurrence import CPU, Memory, autocast_dtype, check_memory
 from fastrnn.ways.torch_lstm import Stack
@@ -98,6 +102,7 @@ class LSTM(nn.RNNBase):
         )
         self.backend = backend
         self.memory = memory
+        teach()
 
     def forward(
         self,
@@ -139,6 +144,10 @@ class LSTM(nn.RNNBase):
         """
         if torch._C._get_tracing_state():  # two calls less than torch.jit.is_tracing
             return self._trace(input, hx, lengths, mask, resets, return_cell_states)
+        if issubclass(type(input), Proxy):  # no Tensor, and stands for one
+            return self._as_leaf(input, hx, lengths, mask, resets, return_cell_states)
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            teach()  # a counter may be watching
         if lengths is None and mask is None and resets is None and not return_cell_states:
             found = self._dense_on_cpu(input, hx)
             if found is not None:
@@ -152,7 +161,9 @@ class LSTM(nn.RNNBase):
         Checks and way are those of a Request. Without one a call takes 15 us less, of the 40 that
         a step of a rollout takes.
         """
-        if type(x) is not Tensor or x.device != CPU or x.is_nested or x.dim() != 3:
+        if type(x) is not Tensor or x.device != CPU or x.layout != torch.strided or x.is_nested:
+            return None
+        if x.dim() != 3:
             return None
         if hx is not None and (type(hx) is not tuple or not all(isinstance(s, Tensor) for s in hx)):
             return None
@@ -161,9 +172,11 @@ class LSTM(nn.RNNBase):
         if not outside_transforms() or autocast_dtype(CPU) is not None or x.dtype.is_complex:
             return None
         flat, stack, batch_first = self._flat(), self._stack(), self.batch_first
+        if have_own_class(flat):
+            return None
         train = self._needs_grad(x, *flat, *(() if hx is None else hx))
         steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
-        if have_own_class(flat) or not steps:
+        if not steps:
             return None
         choice = dense_on_cpu(x, flat, stack, (steps, batch), train, x.dtype)
         if choice is None:
@@ -205,7 +218,8 @@ class LSTM(nn.RNNBase):
             h_0, c_0 = self._initial_states(x, form.batch, hx, unbatched)
             if autocast:
                 h_0, c_0 = h_0.to(dtype), c_0.to(dtype)
-        needs_grad = self._needs_grad(x, *flat, h_0, c_0)
+        # An ExpandedWeight does not even say whether it needs a gradient.
+        needs_grad = torch.is_grad_enabled() and (own_class or self._needs_grad(x, *flat, h_0, c_0))
         stack = self._stack()
         given = lengths, mask, resets, flat, h_0, c_0, dtype, stack, self.backend, self.memory
         found = Request(form, *given, cell_states, needs_grad, autocast is not None, own_class)
@@ -407,6 +421,22 @@ class LSTM(nn.RNNBase):
         asked = asked._replace(needs_grad=self.training)  # the flag that nn.LSTM records
         return self._as_given(unbatched, compute(asked, Choice("torch", "torch.jit.trace records")))
 
+    def _as_leaf(self, input: Any, hx: Any, *ragged: Any) -> tuple[Any, ...]:
+        """Under ``torch.fx.symbolic_trace``: one node that calls the module, as nn.LSTM is."""
+        hooks = (self._forward_pre_hooks, self._forward_hooks)
+        path = next((n for n, m in input.tracer.root.named_modules() if m is self), "")
+        if any(hooks) or not path:
+            raise TraceError(
+                "torch.fx traces a fastrnn.LSTM inside a model, and without hooks; else use a "
+                "Tracer whose is_leaf_module says True for it"
+            )
+        names = ("lengths", "mask", "resets", "return_cell_states")
+        given = {
+            n: v for n, v in zip(names, ragged, strict=True) if v is not None and v is not False
+        }
+        found: tuple[Any, ...] = input.tracer.create_proxy("call_module", path, (input, hx), given)
+        return found  # a Proxy, which Python unpacks as a tuple
+
     def _init_flat_weights(self) -> None:
         """Keep parameters only: a computed weight has a history, which deepcopy refuses."""
         nn.RNNBase._init_flat_weights(self)
@@ -414,12 +444,20 @@ class LSTM(nn.RNNBase):
             weight if isinstance(weight, nn.Parameter) else None for weight in self._flat_weights
         ]
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Refuse ``torch.jit.script``, which calls this, and name the way out."""
-        raise RuntimeError(
-            "torch.jit.script cannot compile fastrnn.LSTM. Call fastrnn.revert(model) first, which "
-            "puts nn.LSTM back with the same parameters, or use torch.export"
-        )
+    def __prepare_scriptable__(self) -> nn.LSTM:
+        """What ``torch.jit.script`` compiles instead: an nn.LSTM with the same parameters.
+
+        torch leaves it in the model around this module; ``fastrnn.convert(model)`` undoes that.
+        """
+        from fastrnn.convert import to_torch  # late, for it imports this module
+
+        try:
+            return to_torch(self)
+        except TypeError as error:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {type(self).__name__}, a subclass of "
+                "fastrnn.LSTM; use torch.export, or torch.jit.trace"
+            ) from error
 
 
 def _is_cast(tensor: Tensor) -> bool:

@@ -7,7 +7,11 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
@@ -242,6 +246,118 @@ def test_training_a_model_around_it():
     torch.testing.assert_close(train(model, compiled(model)), train(eager, eager))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, dict(eager.named_parameters())[name])
+
+
+# --- functions of torch.func inside a graph ------------------------------------------------------
+
+DERIVATIVES = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, -x, 2 * x])),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).square().sum())(x),
+}
+
+
+FEW = {  # the steps are unrolled, and so is each of their derivatives
+    "dense": {},
+    "ragged": {"lengths": torch.tensor([3, 1]), "mask": MASK[:3, :2], "resets": RESETS[:3, :2]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+@pytest.mark.parametrize("ragged", FEW.values(), ids=FEW)
+def test_a_derivative_inside(ragged, derivative):
+    lstm = make()
+    x, hx = problem(lstm, steps=3, batch=2)
+
+    def program(x):
+        return derivative(lambda x: lstm(x, hx, **ragged)[0], x)
+
+    torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIGURATIONS["projection"], {"batch_first": True, "num_layers": 2, "bias": False}]
+)
+def test_a_forward_derivative_inside_in_other_configurations(config):
+    lstm = make(**config)
+    x, hx = problem(lstm, steps=3, batch=2)
+
+    def program(x):
+        def function(x):
+            return padded(lstm, x, hx, **FEW["ragged"], return_cell_states=True)
+
+        return torch.func.jvp(function, (x,), (x.cos(),))
+
+    torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_each_sample_inside():
+    lstm = make()
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+    x, lengths = torch.randn(3, 3, 2, I), torch.tensor([[3, 1], [1, 1], [0, 2]])
+
+    def loss(weights, x, lengths):
+        output, (h_n, c_n) = functional_call(lstm, weights, (x,), {"lengths": lengths})
+        return output.square().sum() + h_n.sum() + c_n.sum()
+
+    def program(weights, x, lengths):
+        gradients = torch.func.grad(loss)
+        return torch.func.vmap(gradients, in_dims=(None, 0, 0))(weights, x, lengths)
+
+    found = compiled(program)(weights, x, lengths)
+    torch.testing.assert_close(found, program(weights, x, lengths), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-1, T + 1])
+def test_lengths_of_a_sample_that_do_not_fit_raise_inside_too(wrong):
+    lstm, x = make(), torch.randn(T, B, I)
+    run = compiled(torch.func.vmap(lambda lengths: lstm(x, lengths=lengths)[0]))
+    run(torch.tensor([LENGTHS, LENGTHS]))
+    with pytest.raises(RuntimeError, match=rf"index {wrong} is out of bounds"):
+        run(torch.tensor([LENGTHS, [3, 6, wrong, 5]]))
+
+
+def test_dual_numbers_made_inside():
+    lstm, x = make(), torch.randn(T, B, I)
+
+    def program(x):
+        with forward_ad.dual_level():
+            output, _ = lstm(forward_ad.make_dual(x, x.cos()))
+            return forward_ad.unpack_dual(output).tangent
+
+    torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-4, atol=1e-5)
+
+
+def test_dual_numbers_from_outside():
+    lstm, x = make(), torch.randn(T, B, I)
+    run = compiled(lambda x: lstm(x)[0], backend="eager")  # the others have no forward mode
+    run(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x.cos())
+        found, expected = (
+            forward_ad.unpack_dual(f(dual)).tangent for f in (run, lambda x: lstm(x)[0])
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_step_is_one_node_a_layer_and_direction_of_differentiation():
+    lstm = make(**FULL)
+    x, _ = problem(lstm)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled(lambda x: lstm(x)[0].sum(), backend=backend)(x).backward()
+    forward, backward = graphs
+    assert sum(name == "fastrnn.lstm_layer.default" for name in forward) == 2
+    assert sum(name == "fastrnn.lstm_layer_backward.default" for name in backward) == 2
 
 
 # --- one graph for all values --------------------------------------------------------------------

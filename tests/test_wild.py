@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -646,20 +647,96 @@ def test_one_module_in_many_threads(packed):
 
 
 class Encoder(nn.Module):
-    def __init__(self):
+    def __init__(self, **config):
         super().__init__()
-        self.lstm = fastrnn.LSTM(I, H)
+        self.lstm = fastrnn.LSTM(I, H, **config)
 
     def forward(self, x):
         return self.lstm(x)[0]
 
 
-def test_scripting_is_refused_with_the_way_out():
-    """torch.jit.script would leave whatever it scripts instead in the model, for good."""
-    model = Encoder()
-    with pytest.raises(RuntimeError, match=r"fastrnn\.revert"):
-        torch.jit.script(model)
-    assert type(model.lstm) is fastrnn.LSTM
+@pytest.mark.parametrize("config", [{}, {"num_layers": 2}, {"dtype": torch.float64}])
+def test_scripting(config):
+    model, x = Encoder(**config), torch.randn(T, B, I, dtype=config.get("dtype"))
+    expected = model(x)
+    scripted = torch.jit.script(model)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    assert_close(scripted(x), expected)
+    assert_close(torch.jit.load(file)(x), expected)
+
+
+def test_a_scripted_model_shares_the_parameters():
+    model, x = Encoder(), torch.randn(T, B, I)
+    scripted = torch.jit.script(model)
+    with torch.no_grad():
+        model.lstm.weight_hh_l0.mul_(3)
+    assert_close(scripted(x), model(x))
+
+
+def test_converting_again_undoes_what_scripting_does_to_the_model():
+    """torch.jit.script leaves what it compiles in the place of what was there."""
+    model, x = Encoder(), torch.randn(T, B, I)
+    expected, parameters = model(x), list(model.parameters())
+    torch.jit.script(model)
+    assert type(model.lstm) is nn.LSTM
+    assert fastrnn.convert(model) == 1
+    assert_close(model(x), expected)
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+
+
+def test_scripting_the_module_itself():
+    theirs, ours = make_pair()
+    x = make_input(ours)
+    scripted, reference = torch.jit.script(ours), torch.jit.script(theirs)
+    assert_close(scripted.forward__0(x), reference.forward__0(x))
+    packed = pack_padded_sequence(x, [6, 4, 2])
+    assert_close(scripted.forward__1(packed)[0].data, reference.forward__1(packed)[0].data)
+    assert type(ours) is fastrnn.LSTM
+    assert_close(ours(x), theirs(x))
+
+
+class PolicyExporter(nn.Module):
+    """What rsl_rl makes of a recurrent policy: the state in buffers, and a scripted reset."""
+
+    def __init__(self, rnn, actor):
+        super().__init__()
+        self.actor, self.rnn = copy.deepcopy(actor), copy.deepcopy(rnn).cpu()
+        for name in ("hidden_state", "cell_state"):
+            self.register_buffer(name, torch.zeros(self.rnn.num_layers, 1, self.rnn.hidden_size))
+
+    def forward(self, x):
+        x, (h, c) = self.rnn(x.unsqueeze(0), (self.hidden_state, self.cell_state))
+        self.hidden_state[:] = h
+        self.cell_state[:] = c
+        return self.actor(x.squeeze(0))
+
+    @torch.jit.export
+    def reset(self):
+        self.hidden_state[:] = 0.0
+        self.cell_state[:] = 0.0
+
+
+def test_exporting_a_recurrent_policy(tmp_path):
+    actor, results = nn.Linear(H, 2), []
+    x = torch.randn(T, 1, I)
+    for rnn in make_pair():
+        exporter = PolicyExporter(rnn, actor).to("cpu")
+        torch.jit.script(exporter).save(str(tmp_path / "policy.pt"))
+        policy = torch.jit.load(str(tmp_path / "policy.pt"))
+        with torch.no_grad():
+            acted = [policy(step) for step in x]
+            policy.reset()
+            results.append([*acted, policy(x[0])])
+    assert_close(*results)
+    assert_close(results[1][0], results[1][-1])
+
+
+def test_scripting_a_subclass_is_refused_with_the_way_out():
+    mixed = type("Mixed", (DoublesInput, fastrnn.LSTM), {})(I, H)
+    with pytest.raises(RuntimeError, match=r"cannot compile Mixed.*use torch\.export"):
+        torch.jit.script(mixed)
 
 
 def test_scripting_works_after_revert():
@@ -708,3 +785,40 @@ def test_tracing_with_lengths_is_refused_with_the_way_out():
     lstm, x, lengths = fastrnn.LSTM(I, H), torch.randn(T, B, I), torch.tensor([6, 4, 2])
     with pytest.raises(RuntimeError, match=r"torch\.export, or trace fastrnn\.revert"):
         torch.jit.trace(lambda x: lstm(x, lengths=lengths)[0], x)
+
+
+# --- torch.fx ------------------------------------------------------------------------------------
+
+
+class RaggedEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(I, I), fastrnn.LSTM(I, H)])
+
+    def forward(self, x, lengths):
+        output, (h_n, _) = self.parts[1](self.parts[0](x), lengths=lengths)
+        return output + h_n
+
+
+def test_symbolic_tracing_makes_one_node_of_it():
+    model, x = Encoder(), torch.randn(T, B, I)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["lstm"]
+    assert traced.lstm is model.lstm
+    assert_close(traced(x), model(x))
+
+
+def test_symbolic_tracing_with_lengths():
+    model, lengths = RaggedEncoder(), torch.tensor([6, 4, 2])
+    x = torch.randn(T, B, I)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["parts.0", "parts.1"]
+    assert_close(traced(x, lengths), model(x, lengths))
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["itself", "hooked"])
+def test_what_symbolic_tracing_cannot_do_names_the_tracer(hooked):
+    model = Encoder()
+    model.lstm.register_forward_hook(lambda module, args, result: result)
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"Tracer whose is_leaf_module says True"):
+        torch.fx.symbolic_trace(model if hooked else fastrnn.LSTM(I, H))

@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 from torch.nn import functional
 
 # Elements of a block's gates, [rows, 4H]: 2 MiB in float32, the size of a core's private cache.
@@ -247,7 +248,7 @@ def lstm_forward(
         ):
             all_gates, i_f, i, f, g, o = gates_t
             h_previous = h_before[step] if h_before else _previous(step, h_steps, h_0, sizes, True)
-            all_gates.addmm_(h_previous, hh_t)
+            torch.addmm(all_gates, h_previous, hh_t, out=all_gates)
             i_f.sigmoid_()
             g.tanh_()
             o.sigmoid_()
@@ -376,18 +377,18 @@ def lstm_backward(
             assert h_previous is not None
             block_gates = rows.new_empty(count, 4 * hidden_size)
             torch.mm(_inputs(rows, block, weights), input_weights.t(), out=block_gates)
-            activate_(block_gates.addmm_(h_previous, hh_t))
+            activate_(torch.addmm(block_gates, h_previous, hh_t, out=block_gates))
             tanh_c = c[block.begin : block.end].tanh()
         i, f, g, o = block_gates.chunk(4, 1)
         torch.cat(c_before[block.first : block.last], out=c_previous)
         # d_gates starts as what d_c (for i, f, g) and d_m (for o) are multiplied by, m = o tanh(c).
         d_i, d_f, d_g, d_o = d_gates.chunk(4, 1)
-        _sigmoid_backward(g, i, grad_input=d_i)
-        _sigmoid_backward(c_previous, f, grad_input=d_f)
-        _tanh_backward(i, g, grad_input=d_g)
-        _sigmoid_backward(tanh_c, o, grad_input=d_o)
+        _sigmoid_backward(g, i, into=d_i)
+        _sigmoid_backward(c_previous, f, into=d_f)
+        _tanh_backward(i, g, into=d_g)
+        _sigmoid_backward(tanh_c, o, into=d_o)
         through_tanh = c_previous  # its buffer: the derivative of m by c, o * (1 - tanh(c)^2)
-        _tanh_backward(o, tanh_c, grad_input=through_tanh)
+        _tanh_backward(o, tanh_c, into=through_tanh)
 
         d_by_step, d_o_by_step = d_gates.split(block_sizes), d_o.split(block_sizes)
         d_ifg_by_step = d_gates[:, : 3 * hidden_size].unflatten(1, (3, hidden_size))
@@ -421,11 +422,11 @@ def lstm_backward(
         if d_rows is not None:
             torch.mm(d_gates, weights.ih, out=d_rows[block.begin : block.end])
         if d_input_weights is not None:
-            d_input_weights.addmm_(d_gates.t(), _inputs(rows, block, weights))
+            _add_product(d_input_weights, d_gates.t(), _inputs(rows, block, weights))
         if d_hh is not None and h_previous is not None:
-            d_hh.addmm_(d_gates.t(), h_previous)
+            _add_product(d_hh, d_gates.t(), h_previous)
         if d_hr is not None and d_h_buffer is not None:
-            d_hr.addmm_(d_h_buffer[:count].t(), tanh_c * o)
+            _add_product(d_hr, d_h_buffer[:count].t(), tanh_c * o)
 
     d_ih, d_bias = None, None
     if d_input_weights is not None:
@@ -433,6 +434,11 @@ def lstm_backward(
         d_bias = d_input_weights[:, -1].clone() if needs_bias else None
     d_biases = twin_gradients(d_bias, needs_bias_ih, needs_bias_hh)
     return Gradients(d_rows, h_state, c_state, (d_ih, d_hh, *d_biases, d_hr))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; FlopCounterMode counts no ``addmm_``."""
+    torch.addmm(total, left, right, out=total)
 
 
 def activate_(gates: Tensor) -> Tensor:
@@ -456,8 +462,18 @@ def twin_gradients(
     return (d_bias, None) if needs_first else (None, d_bias)
 
 
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+def _sigmoid_backward(d_output: Tensor, output: Tensor, *, into: Tensor) -> None:
+    if graph._allow_mutation_on_saved_tensors_enabled:  # it knows results named `out` alone
+        into.copy_(torch.ops.aten.sigmoid_backward(d_output, output))
+    else:
+        torch.ops.aten.sigmoid_backward.grad_input(d_output, output, grad_input=into)
+
+
+def _tanh_backward(d_output: Tensor, output: Tensor, *, into: Tensor) -> None:
+    if graph._allow_mutation_on_saved_tensors_enabled:
+        into.copy_(torch.ops.aten.tanh_backward(d_output, output))
+    else:
+        torch.ops.aten.tanh_backward.grad_input(d_output, output, grad_input=into)
 
 
 def lstm_composite(
@@ -481,12 +497,17 @@ def lstm_composite(
         h_previous = _previous(step, h_steps, h_0, sizes, reverse)
         c_previous = _previous(step, c_steps, c_0, sizes, reverse)
         gates = gates_x[step] + functional.linear(h_previous, weights.hh)
-        i, f, g, o = gates.chunk(4, 1)
-        c_steps[step] = f.sigmoid() * c_previous + i.sigmoid() * g.tanh()
-        h_t = o.sigmoid() * c_steps[step].tanh()
-        h_steps[step] = h_t if weights.hr is None else functional.linear(h_t, weights.hr)
+        h_steps[step], c_steps[step] = composite_step(gates, c_previous, weights.hr)
     h = torch.cat(h_steps) if sizes else rows.new_empty(0, h_0.shape[1])
     c = torch.cat(c_steps) if sizes else rows.new_empty(0, weights.hidden_size)
     h_n = _final(h_steps, h_0, sizes, reverse)
     c_n = _final(c_steps, c_0, sizes, reverse)
     return Forward(h, h_n, c_n, c, ())
+
+
+def composite_step(gates: Tensor, c_previous: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor]:
+    """H and c of one step in differentiable operations, of its gates before their activation."""
+    i, f, g, o = gates.chunk(4, 1)
+    c = f.sigmoid() * c_previous + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if hr is None else functional.linear(h, hr), c

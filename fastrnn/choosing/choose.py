@@ -9,6 +9,7 @@
 - ``triton``: the kernels; :mod:`fastrnn.ways.fused`.
 - ``composite``: differentiable operations, under functorch and forward-mode derivatives.
 - ``operator``: one opaque node a layer, while torch.compile or torch.export traces.
+- ``onnx``: ONNX's own LSTM, while torch.onnx.export traces; :mod:`fastrnn.ways.onnx_lstm`.
 
 Nobody who puts fastrnn in nn.LSTM's place shall lose, so torch's own code is one of the ways, and
 runs wherever no other is known to be faster. What is asked for by name runs, or raises.
@@ -21,15 +22,16 @@ import logging
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrnn.choosing import cudnn
 from fastrnn.choosing.arrange import Work, arrange
 from fastrnn.choosing.backends import can_run_triton, check_backend
 from fastrnn.choosing.environment import forced_backend
 from fastrnn.choosing.request import Request
-from fastrnn.input.forms import Packed
+from fastrnn.input.forms import Packed, Padded
 from fastrnn.input.packing import Layout, PaddedLayout, RectangleLayout
+from fastrnn.input.transforms import is_traced
 from fastrnn.ways import onednn, torch_lstm
 from fastrnn.ways.dense import can_run_dense
 from fastrnn.ways.recurrence import CPU
@@ -37,7 +39,16 @@ from fastrnn.ways.torch_lstm import Stack
 from fastrnn.ways.widening import wide_hidden_size
 
 Way: TypeAlias = Literal[
-    "torch", "cell", "dense", "padded", "rectangles", "loop", "triton", "composite", "operator"
+    "torch",
+    "cell",
+    "dense",
+    "padded",
+    "rectangles",
+    "loop",
+    "triton",
+    "composite",
+    "operator",
+    "onnx",
 ]
 WAYS: tuple[Way, ...] = get_args(Way)
 
@@ -96,6 +107,10 @@ def choose(asked: Request) -> Choice:
         return _traced(asked)
     if not onednn.outside_transforms():
         return Choice("composite", "functorch or a forward-mode derivative is active")
+    if asked.own_class and _no_torch(asked) is None:
+        return Choice("torch", "the weights are of a class of their own")
+    if is_traced(asked.form.data, *asked.flat[:1]):
+        return _without_data(asked)
     if asked.backend != "auto" or asked.dtype.is_complex:
         return _asked_for(asked)
     if asked.form.device == CPU:
@@ -162,8 +177,6 @@ def _asked_for(asked: Request) -> Choice:
 
 
 def _on_cpu(asked: Request) -> Choice:
-    if reason := _torch_alone(asked):
-        return _by_operators(asked, reason)
     form, dtype, stack, train = asked.form, asked.dtype, asked.stack, asked.needs_grad
     short = False
     if _no_torch(asked) is None:
@@ -204,8 +217,6 @@ def _arranged(asked: Request) -> Choice:
 
 
 def _on_gpu(asked: Request) -> Choice:
-    if reason := _torch_alone(asked):
-        return _by_operators(asked, reason)
     reason = _no_kernels(asked)
     if reason is not None:
         return _elsewhere(asked, reason)
@@ -219,8 +230,6 @@ def _on_gpu(asked: Request) -> Choice:
 
 def _elsewhere(asked: Request, no_kernels: str | None = None) -> Choice:
     """On devices that have no kernels: torch, and never the step loop where torch can."""
-    if reason := _torch_alone(asked):
-        return _by_operators(asked, reason)
     reason = _no_torch(asked)
     if reason is None:
         return Choice("torch", no_kernels or f"there are no kernels for {asked.form.device.type}")
@@ -229,6 +238,8 @@ def _elsewhere(asked: Request, no_kernels: str | None = None) -> Choice:
 
 def _traced(asked: Request) -> Choice:
     """One node a layer; which kernels it holds cannot hang on sizes that are known at run time."""
+    if _exporting_to_onnx():
+        return _for_onnx(asked)
     why = "torch.compile or torch.export traces"
     if asked.backend == "auto":
         kernels = _no_kernels(asked) is None
@@ -236,22 +247,39 @@ def _traced(asked: Request) -> Choice:
     return Choice("operator", why, backend=_asked_for(asked).backend)
 
 
-def _torch_alone(asked: Request) -> str | None:
-    """Why the tensors are such that only torch's operators know what to do with them."""
-    if asked.own_class:
-        return "the weights are of a class of their own"
-    kind = type(asked.form.data)
-    if kind is Tensor or kind is nn.Parameter:
-        return "the tensors have no data" if asked.form.device.type == "meta" else None
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return "the tensors have no data" if issubclass(kind, FakeTensor) else None
+def _exporting_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
-def _by_operators(asked: Request, why: str) -> Choice:
-    """Torch's own LSTM, or where that does not know what is asked, operations of torch's."""
-    ours = asked.ragged or _no_torch(asked) is not None
-    return Choice("operator" if ours else "torch", why)
+# A constant to torch.compile, which takes torch's function for one that says no; see backends.py.
+_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _for_onnx(asked: Request) -> Choice:
+    """ONNX's LSTM, and nothing else: it has no word for our operator."""
+    refused = {
+        "a packed or jagged input": not isinstance(asked.form, Padded),
+        "a mask": asked.mask is not None,
+        "resets": asked.resets is not None,
+        "the cell states": asked.cell_states,
+        "proj_size": asked.stack.projection,
+    }
+    found = " and ".join(name for name, given in refused.items() if given)
+    if found:
+        raise RuntimeError(
+            "torch.onnx.export can say a padded input, hx and lengths in ONNX, which has no words "
+            f"for {found}; use torch.export, or call with lengths"
+        )
+    return Choice("onnx", "torch.onnx.export traces")
+
+
+def _without_data(asked: Request) -> Choice:
+    """Torch's own code where it can, which every mode of torch's knows; else one node a layer."""
+    why = "the tensors have no data, or make_fx traces"
+    by_name = asked.backend in ("reference", "triton")
+    if by_name or asked.ragged or not isinstance(asked.form, Padded) or _no_torch(asked):
+        return Choice("operator", why, backend=_asked_for(asked).backend)
+    return Choice("torch", why)
 
 
 def _no_torch(asked: Request) -> str | None:

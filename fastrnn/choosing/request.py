@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrnn.input.arguments import Lengths
 from fastrnn.input.forms import Form, Jagged, Padded
@@ -79,15 +79,3 @@ class Request(NamedTuple):
         offsets = self.form.offsets if isinstance(self.form, Jagged) else None
         given = (offsets, self.lengths, self.mask, self.resets)
         return all(value.is_cpu for value in given if isinstance(value, Tensor))
-
-
-_PLAIN = {Tensor, nn.Parameter}
-
-
-def have_own_class(tensors: list[Tensor]) -> bool:
-    """Whether one is of a class that says itself what operators do, such as an ExpandedWeight."""
-    kinds = set(map(type, tensors)) - _PLAIN
-    return any(
-        getattr(kind, "__torch_function__") is not torch._C._disabled_torch_function_impl  # noqa: B009
-        for kind in kinds
-    )

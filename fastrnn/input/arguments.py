@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from fastrnn.input.transforms import under_functorch, unwrapped
+
 Lengths: TypeAlias = Tensor | Sequence[int]
 
 
@@ -62,10 +64,7 @@ def known_lengths(
             f"lengths must have shape [{batch}] (one per sequence), got {list(tensor.shape)}"
         )
     if not exact:  # checked where the data are, without waiting for them
-        most = steps if own is None else own.to(tensor.device, non_blocking=True)
-        fits = ((tensor >= 0) & (tensor <= most)).all()
-        limit = "T the steps of the input" if own is None else "T the input's own lengths"
-        torch._assert_async(fits, f"lengths must lie in [0, T], {limit}")
+        _assert_within(tensor, steps if own is None else own)
         return KnownLengths(tensor, None)
     if values is None:
         values = host_values("lengths", tensor)
@@ -79,6 +78,18 @@ def known_lengths(
             "pad the input to the longest sequence"
         )
     return KnownLengths(tensor, values)
+
+
+def _assert_within(lengths: Tensor, most: int | Tensor) -> None:
+    compiling = torch.compiler.is_compiling()
+    if compiling and under_functorch():
+        return  # a graph cannot look behind vmap; scatter_add refuses such lengths there
+    limit = "T the steps of the input"
+    if isinstance(most, Tensor):
+        limit, most = "T the input's own lengths", most.to(lengths.device, non_blocking=True)
+    whole = lengths if compiling else unwrapped(lengths)  # vmap has no rule for the assertion
+    fits = ((whole >= 0) & (whole <= most)).all()
+    torch._assert_async(fits, f"lengths must lie in [0, T], {limit}")
 
 
 def _check_within(values: Sequence[int], own: Sequence[int]) -> None:

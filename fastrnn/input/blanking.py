@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrnn.input.transforms import vectorized
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -24,13 +26,13 @@ def blank_(x: Tensor, valid: Tensor) -> Tensor:
 
 
 def blanked(x: Tensor, valid: Tensor) -> Tensor:
-    """A copy of ``x`` with zeros in its padding; differentiable, as often as wanted.
+    """A copy of ``x`` with zeros in its padding; differentiable and vectorized as one likes.
 
     Args:
         x: ``[..., F]``, floating-point.
         valid: bool ``[..., 1]``, False in the padding.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if (torch.is_grad_enabled() and x.requires_grad) or vectorized(x):
         return torch.where(valid, x, 0.0)  # three to ten times as slow
     integer = _INTEGERS[x.element_size()]
     bits = torch.empty(x.shape, dtype=integer, device=x.device)  # contiguous, as oneDNN wants it

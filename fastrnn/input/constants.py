@@ -15,12 +15,14 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastrnn.input.transforms import under_functorch
+
 _Make = TypeVar("_Make", bound=Callable[..., Tensor])
 
 
 def inside_a_mode() -> bool:
     """Whether a dispatch mode or a functorch transform sees what is computed."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return torch._C._len_torch_dispatch_stack() > 0 or under_functorch()
 
 
 def constant(maxsize: int) -> Callable[[_Make], _Make]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn.input.arguments import host_values
-from fastrnn.input.blanking import blank_
+from fastrnn.input.blanking import blank_, blanked
 from fastrnn.input.packing import (
     Cut,
     Layout,
@@ -25,10 +25,12 @@ from fastrnn.input.packing import (
     ragged_layout,
     without_unused,
 )
+from fastrnn.input.transforms import is_traced, read, under_functorch, vectorized
 
 
 def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
-    return blank_(flat.index_select(0, layout.gather), layout.valid)
+    rows = flat.index_select(0, layout.gather)
+    return blanked(rows, layout.valid) if vectorized(rows) else blank_(rows, layout.valid)
 
 
 class _IntoRectangles(torch.autograd.Function):
@@ -41,7 +43,7 @@ class _IntoRectangles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
-        return _OutOfRectangles.apply(d_rows, ctx.layout), None
+        return out_of_rectangles(d_rows, ctx.layout), None
 
 
 class _OutOfRectangles(torch.autograd.Function):
@@ -54,12 +56,12 @@ class _OutOfRectangles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_flat: Tensor) -> tuple[Tensor, None]:
-        return _IntoRectangles.apply(d_flat, ctx.layout), None
+        return into_rectangles(d_flat, ctx.layout), None
 
 
 def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
-    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding."""
-    if not (torch.is_grad_enabled() and flat.requires_grad):
+    """``[entries, F]`` to rows ``[N, F]``, zeros in the padding; one node where it can be."""
+    if under_functorch() or not (torch.is_grad_enabled() and flat.requires_grad):
         return _into_rectangles(flat, layout)
     rows: Tensor = _IntoRectangles.apply(flat, layout)
     return rows
@@ -67,7 +69,7 @@ def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
 
 def out_of_rectangles(rows: Tensor, layout: RectangleLayout) -> Tensor:
     """Rows ``[N, F]``, the last of them zero, to ``[entries, F]``, zeros at invalid steps."""
-    if not (torch.is_grad_enabled() and rows.requires_grad):
+    if under_functorch() or not (torch.is_grad_enabled() and rows.requires_grad):
         return rows.index_select(0, layout.spread)
     flat: Tensor = _OutOfRectangles.apply(rows, layout)
     return flat
@@ -81,7 +83,7 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     assert layout.gather is not None
     spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
     flat = rows.new_zeros(entries + spare, rows.shape[1])
-    if torch._C._are_functorch_transforms_active():  # which has a rule for the copy alone
+    if under_functorch():  # which has a rule for the copy alone
         return flat.index_copy(0, layout.gather, rows)[:entries]
     return flat.index_copy_(0, layout.gather, rows)[:entries]
 
@@ -166,7 +168,7 @@ def _sizes_of(x: PackedSequence) -> tuple[int, ...] | None:
 
     nn.LSTM takes data that have more rows, and computes with some of them.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if is_traced(x.batch_sizes) or torch._C._get_tracing_state():
         return None
     if x.batch_sizes.dtype.is_floating_point or x.batch_sizes.dim() != 1:
         raise ValueError(
@@ -207,7 +209,7 @@ class Packed:
         self.device = self.data.device
         self.sizes = _sizes_of(x)
         self.steps = x.batch_sizes.shape[0]
-        self.batch = int(x.batch_sizes[0]) if self.sizes is None else self.sizes[0]
+        self.batch = read(lambda: x.batch_sizes[0]) if self.sizes is None else self.sizes[0]
         if self.sizes is not None:
             self._check_indices()
 

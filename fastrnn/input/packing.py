@@ -41,6 +41,7 @@ from fastrnn.input.arguments import (
     known_lengths,
 )
 from fastrnn.input.constants import constant
+from fastrnn.input.transforms import is_batched, is_traced
 
 # What rounding the steps of a padded batch up may add to them.
 MOST_ADDED = 0.02
@@ -377,7 +378,8 @@ def ragged_layout(
         "resets": resets,
     }
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    exact = not torch.compiler.is_compiling() and all(value.is_cpu for value in tensors.values())
+    values = tensors.values()
+    exact = not is_traced(*values) and all(v.is_cpu and not is_batched(v) for v in values)
     if not exact:
         for name, value in tensors.items():
             check_device(name, value, form.device)

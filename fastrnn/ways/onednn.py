@@ -18,13 +18,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from fastrnn.cells import lstm as lstm_cell
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blank_
 from fastrnn.input.constants import constant
+from fastrnn.input.transforms import in_dual_level, under_functorch
 from fastrnn.ways.recurrence import CPU
 
 # Far beyond a pre-activation of weights below LARGEST, far within float32 and bfloat16: with any
@@ -111,11 +111,7 @@ def can_carry(weights: Sequence[Tensor]) -> bool:
 
 def outside_transforms() -> bool:
     """Whether nothing traces or transforms what runs: torch has no rule for the operator then."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return not torch.compiler.is_compiling() and not under_functorch() and not in_dual_level()
 
 
 def operands(weights: LayerWeights, *, carry: bool) -> list[Tensor]:

@@ -25,6 +25,7 @@ from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blanked
 from fastrnn.input.forms import callers_own
 from fastrnn.input.packing import PaddedLayout
+from fastrnn.input.transforms import vectorized
 from fastrnn.ways import onednn
 from fastrnn.ways.dense import run_dense_layer
 from fastrnn.ways.torch_lstm import DenseOutput
@@ -144,7 +145,8 @@ class _Ended(torch.autograd.Function):
         d_all = blanked(d_output, ctx.valid[:steps])
         if steps < ctx.valid.shape[0]:
             d_all = functional.pad(d_all, (0, 0, 0, 0, 0, ctx.valid.shape[0] - steps))
-        return d_all.scatter_add_(0, ctx.last, d_own), None, None, None
+        add = d_all.scatter_add if vectorized(d_output, d_own) else d_all.scatter_add_
+        return add(0, ctx.last, d_own), None, None, None
 
 
 # Function.apply without its looking for functorch, which cannot be here (see onednn.py): 50 us of

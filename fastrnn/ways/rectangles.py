@@ -36,6 +36,7 @@ from torch import Tensor
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.choosing.costs import LayerCosts
 from fastrnn.input.packing import Rectangle, RectangleLayout, common_steps
+from fastrnn.input.transforms import under_functorch
 from fastrnn.ways import onednn
 from fastrnn.ways.recurrence import LayerOutput, side_by_side
 
@@ -132,7 +133,15 @@ class _Mirrored(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
-        return _Mirrored.apply(d_rows, ctx.mirror), None
+        return _mirrored(d_rows, ctx.mirror), None
+
+
+def _mirrored(rows: Tensor, mirror: Tensor) -> Tensor:
+    """See :class:`_Mirrored`, which functorch does not take."""
+    if under_functorch():
+        return rows.index_select(0, mirror)
+    mirrored: Tensor = _Mirrored.apply(rows, mirror)
+    return mirrored
 
 
 def run_rectangles(
@@ -160,9 +169,9 @@ def run_rectangles(
     results = []
     for index, direction in enumerate(weights):
         reverse = index == 1
-        x = _Mirrored.apply(rows, layout.mirror) if reverse else rows
-        h, h_n, c_n = _run_direction(x, layout, direction.to(wide), h_0[index], c_0[index])
-        results.append((_Mirrored.apply(h, layout.mirror) if reverse else h, h_n, c_n))
+        x = _mirrored(rows, layout.mirror) if reverse else rows
+        output, *last = _run_direction(x, layout, direction.to(wide), h_0[index], c_0[index])
+        results.append((_mirrored(output, layout.mirror) if reverse else output, *last))
     h, h_n, c_n = zip(*results, strict=True)
     return LayerOutput(
         side_by_side(h).to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype), None

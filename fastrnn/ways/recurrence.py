@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn.cells.lstm import LayerWeights, compute_dtype
+from fastrnn.input.transforms import vectorized
 
 # Compared with a device in every call: the name of its type is made anew each time, 3 us cold.
 CPU = torch.device("cpu")
@@ -166,8 +167,8 @@ class LSTMRecurrence(torch.autograd.Function):
     """All directions of one layer, by a :class:`Path`.
 
     Saved for backward: the inputs, and what the path says; none is written to, so a second backward
-    gives the same gradients. Where backward itself is differentiated
-    (``create_graph=True``) it goes through the path's differentiable operations.
+    gives the same gradients. Where backward itself is differentiated (``create_graph=True``) or
+    vectorized (``is_grads_batched=True``) it goes through the path's differentiable operations.
     """
 
     @staticmethod
@@ -191,7 +192,7 @@ class LSTMRecurrence(torch.autograd.Function):
         if all(gradient is None for gradient in grads):
             return (None,) * (1 + len(needs))
         with outside_autocast(rows.device):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or vectorized(*grads):
                 inputs = [rows, h_0, c_0, *flat]
                 found = differentiate(ctx.path.composite, grads, inputs, needs)
             else:
@@ -240,12 +241,15 @@ def differentiate(
         inputs: rows, h_0, c_0 and each weight.
         needs: whether each gradient is wanted.
     """
-    # Views, so that a gradient reaches an input here only through this layer.
-    views = [tensor.view_as(tensor) for tensor in inputs]
-    rows, h_0, c_0, *flat = views
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a gradient reaches an input here only through this layer.
+        views = [tensor.view_as(tensor) for tensor in inputs]
+        rows, h_0, c_0, *flat = views
+        outputs = composite(rows, h_0, c_0, flat)
     pairs = [
         (output, gradient)
-        for output, gradient in zip(composite(rows, h_0, c_0, flat), grads, strict=True)
+        for output, gradient in zip(outputs, grads, strict=True)
         if output is not None and gradient is not None and output.requires_grad
     ]
     wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
@@ -254,7 +258,7 @@ def differentiate(
             [output for output, _ in pairs],
             wanted,
             [gradient for _, gradient in pairs],
-            create_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
         )
     )

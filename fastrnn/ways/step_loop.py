@@ -82,11 +82,11 @@ def run_forward(
         )
         for index, direction in enumerate(call.unflatten(flat))
     ]
-    output = _layer_output(results, dtype, cell_states=call.cell_states)
+    output = layer_output(results, dtype, cell_states=call.cell_states)
     return output, [DirectionRun(run.c, run.saved) for run in results]
 
 
-def _layer_output(
+def layer_output(
     results: Sequence[Forward], dtype: torch.dtype, *, cell_states: bool
 ) -> LayerOutput:
     """What a layer computes, rounded to ``dtype``, of what its directions did."""
@@ -188,7 +188,7 @@ def run_composite(
         )
         for index, weights in enumerate(call.unflatten(flat))
     ]
-    return _layer_output(results, dtype, cell_states=call.cell_states)
+    return layer_output(results, dtype, cell_states=call.cell_states)
 
 
 class StepLoop(NamedTuple):

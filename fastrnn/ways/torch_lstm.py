@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastrnn.input.packing import PackedLayout
+from fastrnn.input.transforms import have_own_class, vectorized
 from fastrnn.ways.recurrence import (
     CPU,
     differentiate,
@@ -231,6 +232,8 @@ def _weights(flat: Sequence[Tensor], dtype: torch.dtype, stack: Stack) -> list[T
     cuDNN takes weights in one chunk of memory, where nn.LSTM's parameters are; torch warns at every
     call where they are not, and makes a chunk. So does this, without a warning.
     """
+    if have_own_class(flat):
+        return list(flat)
     own = [weight if weight.dtype == dtype else weight.to(dtype) for weight in flat]
     if own[0].device == CPU:  # oneDNN takes strided weights for contiguous ones
         return [weight if weight.is_contiguous() else weight.contiguous() for weight in own]
@@ -319,11 +322,11 @@ class _Differentiable(torch.autograd.Function):
         """Gradients of the inputs that need one."""
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         with outside_autocast(inputs[0].device):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or vectorized(*d_outputs):
                 if ctx.composite is None:
                     raise RuntimeError(
-                        "torch's LSTM on this device has no double backward with dropout between "
-                        'layers; use backend="reference" for it, or dropout=0'
+                        "torch's LSTM on this device has no double or vectorized backward with "
+                        'dropout between layers; use backend="reference" for it, or dropout=0'
                     )
                 return (None, None, *differentiate(ctx.composite, d_outputs, inputs, needs))
             leaves, outputs = ctx.graph
