@@ -61,12 +61,8 @@ def known_lengths(
         raise ValueError(
             f"lengths must have shape [{batch}] (one per sequence), got {list(tensor.shape)}"
         )
-    if not exact:  # checked where the data are, without waiting for them
-        most = steps if own is None else own.to(tensor.device, non_blocking=True)
-        fits = ((tensor >= 0) & (tensor <= most)).all()
-        limit = "T the steps of the input" if own is None else "T the input's own lengths"
-        torch._assert_async(fits, f"lengths must lie in [0, T], {limit}")
-        return KnownLengths(tensor, None)
+    if not exact:
+        return KnownLengths(tensor, None)  # for assert_within, where the data are
     if values is None:
         values = host_values("lengths", tensor)
     if values and min(values) < 0:
@@ -79,6 +75,14 @@ def known_lengths(
             "pad the input to the longest sequence"
         )
     return KnownLengths(tensor, values)
+
+
+def assert_within(lengths: Tensor, steps: int, own: Tensor | None = None) -> None:
+    """Lengths checked where the data are, without waiting for them; arguments as above."""
+    most = steps if own is None else own.to(lengths.device, non_blocking=True)
+    fits = ((lengths >= 0) & (lengths <= most)).all()
+    limit = "T the steps of the input" if own is None else "T the input's own lengths"
+    torch._assert_async(fits, f"lengths must lie in [0, T], {limit}")
 
 
 def _check_within(values: Sequence[int], own: Sequence[int]) -> None:
