@@ -86,7 +86,8 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     flat = rows.new_zeros(entries + spare, rows.shape[1])
     if torch._C._are_functorch_transforms_active():  # which has a rule for the copy alone
         return flat.index_copy(0, layout.gather, rows)[:entries]
-    return flat.index_copy_(0, layout.gather, rows)[:entries]
+    flat = flat.index_copy_(0, layout.gather, rows)
+    return flat[:entries] if spare else flat  # a slice has a derivative, of two operations
 
 
 def callers_own(output: Tensor) -> Tensor:
