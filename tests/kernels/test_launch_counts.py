@@ -41,7 +41,7 @@ def packed() -> PackedSequence:
 
 # What to call a layer with, besides a padded x.
 FORMS: dict[str, Callable[[], dict[str, Any]]] = {
-    "dense": lambda: {},
+    "dense": dict,
     "lengths-list": lambda: {"lengths": LENGTHS},
     "lengths-host": lambda: {"lengths": torch.tensor(LENGTHS)},
     "mask-host": lambda: {"mask": VALID},
