@@ -64,6 +64,8 @@ class FusedCall(NamedTuple):
         backend: "triton", or "triton-or-reference": the step loop takes over where a GPU refuses a
             launch, and the reason is logged.
         dense: whether every sequence is known to have all steps. Default: False.
+        sequences: how many tiles are chosen for. Default: S. The batch's, where resets cut it: how
+            many segments there are changes from batch to batch, and each tile is compiled.
     """
 
     directions: int
@@ -72,6 +74,7 @@ class FusedCall(NamedTuple):
     memory: Memory
     backend: str
     dense: bool = False
+    sequences: int | None = None
 
     def unflatten(self, flat: Sequence[Tensor]) -> list[LayerWeights]:
         """The flat list of weights, by direction."""
@@ -211,6 +214,7 @@ def fused_forward(
             *steps,
             save=keep,
             input_precision=precision,
+            sequences=call.sequences,
         )
     except CannotLaunch as error:
         call.refused(error)
@@ -289,6 +293,7 @@ def fused_backward(
             offsets=steps.offsets,
             d_c=None if grads.c is None else _given(grads.c, c),
             input_precision=precision,
+            sequences=call.sequences,
         )
     except CannotLaunch as error:
         call.refused(error)
