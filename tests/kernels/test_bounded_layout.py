@@ -157,6 +157,6 @@ def test_outputs_and_gradients_are_those_of_the_answer() -> None:
     def call(lstm, x, hx):
         return padded(lstm, x, hx, lengths=LENGTHS, mask=mask, resets=resets)
 
-    with on_kernels("split"), mock.patch("fastrnn.choosing.arrange.ragged_layout", on_device):
+    with on_kernels("split"), mock.patch("fastrnn.compute.ragged_layout", on_device):
         found = everything(call, lstm, x, hx)
     assert_agree(found, answer(lstm, x, hx, valid=valid, resets=resets))
