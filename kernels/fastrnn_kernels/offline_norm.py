@@ -265,7 +265,7 @@ def _examine_amd(report: NormReport, text: str) -> None:
         report.faults.append("registers of too few programs")
     report.wide_loads = len(re.findall(r"\b(?:global|buffer|flat)_load_dwordx4", text))
     report.wide_stores = len(re.findall(r"\b(?:global|buffer|flat)_store_dwordx4", text))
-    report.faults += amd_barrier_faults(text) + atomics_faults(text)
+    report.faults += amd_barrier_faults(text, report.case.chip) + atomics_faults(text)
 
 
 def main(arguments: list[str] | None = None) -> int:

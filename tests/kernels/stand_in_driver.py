@@ -71,6 +71,8 @@ class Launch:
     spills: int | None = None
     shared: int | None = None
     problems: list[str] = field(default_factory=list)
+    # Whether memory that the programs of a launch share was zero, where it can be read.
+    zero_at_launch: dict[str, bool] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -151,6 +153,11 @@ class StandIn(DriverBase):
                 code = self.codes[function]
                 made.registers, made.spills = code.registers, code.spills
                 made.shared = metadata.shared
+            made.zero_at_launch = {
+                name: not value.any()
+                for name, value in zip(source.signature, arguments, strict=True)
+                if name in ("exchange_ptr", "arrivals_ptr") and value.device != GPU
+            }
             made.problems = [*_problems(source, arguments), *self._too_much(made)]
             self.launches.append(made)
             for hook in self.on_launch:
@@ -194,8 +201,10 @@ class _NotCompiled:
     """A kernel of which only the variant is of interest."""
 
     function = packed_metadata = None
+    n_spills = 0
 
     def __init__(self, driver: StandIn, source: ASTSource, options: Any) -> None:
+        self.name = source.fn.__name__
         self.run = driver.launcher_cls(source, options)
 
     def launch_metadata(self, *_: Any) -> None:

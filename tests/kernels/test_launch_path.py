@@ -170,6 +170,16 @@ def test_the_launchers_themselves_take_any_address() -> None:
     assert not [launch for launch in driver.launches if launch.problems]
 
 
+def test_spills_are_an_error_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm, x = make(64, device=GPU), torch.zeros(3, 4, I, device=GPU)
+    monkeypatch.setattr("tests.kernels.stand_in_driver._NotCompiled.n_spills", 3)
+    with stand_in():
+        train(lstm, x)
+        monkeypatch.setenv("FASTRNN_ASSERT_NO_SPILL", "1")
+        with pytest.raises(RuntimeError, match="lstm_forward_kernel spills 3 registers"):
+            train(lstm, x)
+
+
 def assert_launches(driver: StandIn) -> None:
     """Nothing is refused, everything is resident at once, nothing spills."""
     assert not [(launch.name, launch.problems) for launch in driver.launches if launch.problems]
