@@ -357,20 +357,8 @@ def candidates(
                 tile = _cut_k("streamed", which, H, itemsize, chip, parts, *shape)
             if chip.architecture.startswith("gfx"):
                 tile = replace(tile, max_registers=None)
-            if which == "backward" and not _is_read_wide(tile, itemsize, chip):
-                continue
             if shared_memory(tile, which, H, itemsize, parts) <= chip.shared_memory:
                 yield tile
-
-
-def _is_read_wide(tile: Tile, itemsize: int, chip: Chip) -> bool:
-    """Whether each thread reads 16 bytes of the exchange at a time.
-
-    Where shared memory leaves no room for a block so wide, backward reads 8; forward copies 16 all
-    the same, by some of its threads.
-    """
-    block = tile.BLOCK_B * tile.BLOCK_K * itemsize
-    return tile.residency == "whole" or block >= 16 * tile.num_warps * chip.warp_size
 
 
 def _num_warps(
