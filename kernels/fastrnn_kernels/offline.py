@@ -10,7 +10,7 @@ rules:
 - shared memory, and Blackwell's tensor memory, within the chip's limit and within what tiling.py
   reckons with;
 - matrix instructions of the chip's kind, Hopper's HGMMA where BLOCK_B >= 64;
-- the exchange is loaded 16 bytes at a time (cp.async counts), if each thread has so many of a block;
+- the exchange is loaded 16 bytes at a time (cp.async counts), if a thread has so many of a block;
 - the barrier's arrival is a release, its wait an acquire, with a barrier of the program's threads
   on either side;
 - no load of the exchange between a program's arrival and its wait, in the compiler's last
