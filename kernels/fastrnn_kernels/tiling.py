@@ -342,9 +342,9 @@ def candidates(
             if unit_programs > 1 and chip.generation == "sm_100":
                 num_warps = max(num_warps, SM_100_WARPS)
             if unit_programs > 1 and which == "backward" and chip.generation == "sm_120":
-                # In 16 bits ptxas spills one to five addresses with half as many; of 64 rows all
-                # the same.
-                num_warps *= 1 if itemsize == 4 else 2 if BLOCK_B < 64 else 4
+                # With half as many ptxas spills one to five addresses in 16 bits; of 64 rows in
+                # every dtype, and with twice as many too.
+                num_warps *= 4 if BLOCK_B >= 64 else 4 // itemsize
             if num_warps > MOST_WARPS:
                 continue
             # On gfx942 its eight warps would each have all 32 rows, and spill 740 registers.
