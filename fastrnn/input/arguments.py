@@ -37,7 +37,10 @@ def check_lengths(lengths: Lengths | int, batch: int, steps: int, exact: bool) -
         steps: T.
         exact: whether the values may be looked at.
     """
-    return known_lengths(lengths, batch, steps, exact).tensor
+    checked = known_lengths(lengths, batch, steps, exact).tensor
+    if not exact:
+        assert_within(checked, steps)
+    return checked
 
 
 def known_lengths(

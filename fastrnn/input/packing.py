@@ -607,7 +607,9 @@ def _packed(found: _Sorted, sizes: list[int], rows: int) -> PackedLayout:
         device, batch_sizes, offsets, gather, found.owner, found.enters(), found.leaves()
     )
     sequences = found.owner.shape[0]
-    layout = PackedLayout(rows, sequences, batch_sizes, there[2], there[3], there[4], there[5], sizes=tuple(sizes))
+    layout = PackedLayout(
+        rows, sequences, batch_sizes, there[2], there[3], there[4], there[5], sizes=tuple(sizes)
+    )
     if there[0] is not None and there[1] is not None:
         layout.keep_steps(device, Steps(there[0], there[1]))
     return layout
