@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.choosing.choose import Choice
 from fastrnn.choosing.request import Request
 from fastrnn.input.arguments import check_lengths
+from fastrnn.input.device_layout import bounded_layout
 from fastrnn.input.forms import Packed, Padded, callers_own
 from fastrnn.input.packing import Layout, PackedLayout, PaddedLayout, ragged_layout
 from fastrnn.stack import layers_of, run_stack
@@ -96,7 +96,7 @@ def _dense(asked: Request, way: str) -> Computed:
     )
     if layout is None:
         return Computed(h_n, c_n, [output])
-    h_n, c_n = _leave(layout, h_n, stack), _leave(layout, c_n, stack)
+    h_n, c_n = layout.leave(h_n, stack.directions), layout.leave(c_n, stack.directions)
     return Computed(h_n, c_n, [form.restore(output.flatten(0, 1), layout)])
 
 
@@ -116,7 +116,7 @@ def _torch_rows(asked: Request) -> Computed:
         stack,
         train=asked.needs_grad,
     )
-    h_n, c_n = _leave(layout, found.h_n, stack), _leave(layout, found.c_n, stack)
+    h_n, c_n = layout.leave(found.h_n, stack.directions), layout.leave(found.c_n, stack.directions)
     return Computed(h_n, c_n, [form.restore(found.output, layout)])
 
 
@@ -156,18 +156,7 @@ def _rows_on_host(asked: Request) -> PackedLayout:
 
 def _enter(layout: Layout, states: Tensor | None, stack: Stack) -> Tensor | None:
     """Initial states of all layers, ``[L * D, B, F]``, to those of the sequences."""
-    if states is None or layout.owner is None:
-        return states
-    if layout.enters is None:
-        return layout.enter(states)
-    return torch.cat([layout.enter(part) for part in states.split(stack.directions)])
-
-
-def _leave(layout: Layout, states: Tensor, stack: Stack) -> Tensor:
-    """Final states of all layers, ``[L * D, S, F]``, to those of the batch."""
-    if layout.leaves is None or layout.leaves.shape[0] == 1:
-        return layout.leave(states)
-    return torch.cat([layout.leave(part) for part in states.split(stack.directions)])
+    return None if states is None else layout.enter(states, stack.directions)
 
 
 def _padded(asked: Request, layout: Layout | PaddedLayout | None) -> Computed:
@@ -208,7 +197,11 @@ def _by_rows(asked: Request, choice: Choice) -> Computed:
     form, layout = asked.form, choice.layout
     if layout is None:
         if asked.ragged:
-            layout = ragged_layout(form, asked.lengths, asked.mask, asked.resets)
+            by_kernels = choice.way == "triton" and isinstance(form, Padded)
+            layout = ragged_layout(
+                *(form, asked.lengths, asked.mask, asked.resets),
+                bounded=bounded_layout if by_kernels else None,
+            )
         else:
             layout = form.layout()
     assert isinstance(layout, Layout)

@@ -94,7 +94,11 @@ def lstm_layer(
         cells = c.flatten(1).to(h.dtype) if cell_states else None
         return narrow(LayerOutput(h, h_n, c_n, cells), hidden_size)
     if kernels:
-        fused = FusedCall(len(weights), bias, cell_states, memory, backend)
+        fused = FusedCall(
+            *(len(weights), bias, cell_states, memory, backend),
+            dense=layout.dense,
+            sequences=layout.batch,
+        )
         path = Fused(fused, layout.steps_on(rows.device))
         with outside_autocast(rows.device):
             output = run(path, rows, h_0, c_0, flat, needs_grad=needs_grad)

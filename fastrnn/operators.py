@@ -169,7 +169,13 @@ def lstm_layer_backward_op(
         else:
             shape = (host_sizes(batch_sizes), directions, bias, projection, cell_states)
             found = steps_backward(Call(*shape, keep), grads, *inputs)
-    return [gradient for gradient in found if gradient is not None]
+    return [_own(gradient) for gradient in found if gradient is not None]
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """In memory of its own, as the results of an operator must be."""
+    alone = gradient.untyped_storage().nbytes() == gradient.nbytes
+    return gradient if alone else gradient.clone()
 
 
 @lstm_layer_backward_op.register_fake

@@ -62,27 +62,42 @@ def run_stack(
         See :class:`StackOutput`.
     """
     directions = len(layers[0])
-    zeros = [rows.new_zeros(directions, layout.sequences, width) for width in _widths(layers[0])]
+    h_width, c_width = _widths(layers[0])
+    c_zeros = rows.new_zeros(directions, layout.sequences, c_width)
+    h_zeros = c_zeros
+    if h_width != c_width:
+        h_zeros = rows.new_zeros(directions, layout.sequences, h_width)
+    # Once for all layers, and split in one node of the graph: its derivative is one as well.
+    initial = [
+        [zeros] * len(layers)
+        if states is None
+        else layout.enter(states, directions).split(directions)
+        for states, zeros in ((h_0, h_zeros), (c_0, c_zeros))
+    ]
     h_n, c_n = [], []
     c = None
     for index, weights in enumerate(layers):
         if index and dropout:
             rows = _dropout(rows, layout, dropout)
-        part = slice(index * directions, (index + 1) * directions)
         output = lstm_layer(
             rows,
             layout,
             weights,
-            zeros[0] if h_0 is None else layout.enter(h_0[part]),
-            zeros[1] if c_0 is None else layout.enter(c_0[part]),
+            initial[0][index],
+            initial[1][index],
             cell_states=cell_states and index == len(layers) - 1,
             backend=backend,
             memory=memory,
         )
         rows, c = output.h, output.c
-        h_n.append(layout.leave(output.h_n))
-        c_n.append(layout.leave(output.c_n))
-    return StackOutput(rows, _concatenate(h_n), _concatenate(c_n), c)
+        h_n.append(output.h_n)
+        c_n.append(output.c_n)
+    return StackOutput(
+        rows,
+        layout.leave(_concatenate(h_n), directions),
+        layout.leave(_concatenate(c_n), directions),
+        c,
+    )
 
 
 def layers_of(flat: Sequence[Tensor], dtype: torch.dtype, stack: Stack) -> list[list[LayerWeights]]:

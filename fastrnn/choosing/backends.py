@@ -59,13 +59,12 @@ def _device_reason(kind: str, index: int | None) -> str | None:
         return "triton is not installed: pip install triton"
     if not torch.cuda.is_available():
         return "torch finds no GPU (torch.cuda.is_available() is False)"
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(index or 0).gcnArchName.split(":")[0]
-        return None if name == "gfx942" else f"the kernels know AMD's gfx942, the GPU is a {name}"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"the kernels need compute capability 8.0 or newer, the GPU has {major}.{minor}"
-    return None
+    from fastrnn_kernels.tiling import CHIPS, architecture_of
+
+    name = architecture_of(index)
+    if name in CHIPS:
+        return None
+    return f"the kernels have been compiled and examined for {', '.join(CHIPS)}, this is {name}"
 
 
 @functools.cache

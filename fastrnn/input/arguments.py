@@ -39,7 +39,10 @@ def check_lengths(lengths: Lengths | int, batch: int, steps: int, exact: bool) -
         steps: T.
         exact: whether the values may be looked at.
     """
-    return known_lengths(lengths, batch, steps, exact).tensor
+    checked = known_lengths(lengths, batch, steps, exact).tensor
+    if not exact:
+        assert_within(checked, steps)
+    return checked
 
 
 def known_lengths(
@@ -63,9 +66,8 @@ def known_lengths(
         raise ValueError(
             f"lengths must have shape [{batch}] (one per sequence), got {list(tensor.shape)}"
         )
-    if not exact:  # checked where the data are, without waiting for them
-        _assert_within(tensor, steps if own is None else own)
-        return KnownLengths(tensor, None)
+    if not exact:
+        return KnownLengths(tensor, None)  # for assert_within, where the data are
     if values is None:
         values = host_values("lengths", tensor)
     if values and min(values) < 0:
@@ -80,15 +82,15 @@ def known_lengths(
     return KnownLengths(tensor, values)
 
 
-def _assert_within(lengths: Tensor, most: int | Tensor) -> None:
+def assert_within(lengths: Tensor, steps: int, own: Tensor | None = None) -> None:
+    """Lengths checked where the data are, without waiting for them; arguments as above."""
     compiling = torch.compiler.is_compiling()
     if compiling and under_functorch():
         return  # a graph cannot look behind vmap; scatter_add refuses such lengths there
-    limit = "T the steps of the input"
-    if isinstance(most, Tensor):
-        limit, most = "T the input's own lengths", most.to(lengths.device, non_blocking=True)
+    most = steps if own is None else own.to(lengths.device, non_blocking=True)
     whole = lengths if compiling else unwrapped(lengths)  # vmap has no rule for the assertion
     fits = ((whole >= 0) & (whole <= most)).all()
+    limit = "T the steps of the input" if own is None else "T the input's own lengths"
     torch._assert_async(fits, f"lengths must lie in [0, T], {limit}")
 
 

@@ -20,6 +20,7 @@ from fastrnn.input.packing import (
     Layout,
     PackedLayout,
     RectangleLayout,
+    ThereAndBack,
     cut_rows,
     dense_layout,
     ragged_layout,
@@ -28,7 +29,7 @@ from fastrnn.input.packing import (
 from fastrnn.input.transforms import is_traced, read, under_functorch, vectorized
 
 
-def _into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
+def _into_rectangles(flat: Tensor, layout: RectangleLayout | ThereAndBack) -> Tensor:
     rows = flat.index_select(0, layout.gather)
     return blanked(rows, layout.valid) if vectorized(rows) else blank_(rows, layout.valid)
 
@@ -37,7 +38,7 @@ class _IntoRectangles(torch.autograd.Function):
     """:func:`into_rectangles` as autograd has it; each of the two is the other's derivative."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, layout: RectangleLayout) -> Tensor:
+    def forward(ctx: Any, flat: Tensor, layout: RectangleLayout | ThereAndBack) -> Tensor:
         ctx.layout = layout
         return _into_rectangles(flat, layout)
 
@@ -50,7 +51,7 @@ class _OutOfRectangles(torch.autograd.Function):
     """:func:`out_of_rectangles` as autograd has it."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, layout: RectangleLayout) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, layout: RectangleLayout | ThereAndBack) -> Tensor:
         ctx.layout = layout
         return rows.index_select(0, layout.spread)
 
@@ -59,7 +60,7 @@ class _OutOfRectangles(torch.autograd.Function):
         return into_rectangles(d_flat, ctx.layout), None
 
 
-def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
+def into_rectangles(flat: Tensor, layout: RectangleLayout | ThereAndBack) -> Tensor:
     """``[entries, F]`` to rows ``[N, F]``, zeros in the padding; one node where it can be."""
     if under_functorch() or not (torch.is_grad_enabled() and flat.requires_grad):
         return _into_rectangles(flat, layout)
@@ -67,7 +68,7 @@ def into_rectangles(flat: Tensor, layout: RectangleLayout) -> Tensor:
     return rows
 
 
-def out_of_rectangles(rows: Tensor, layout: RectangleLayout) -> Tensor:
+def out_of_rectangles(rows: Tensor, layout: RectangleLayout | ThereAndBack) -> Tensor:
     """Rows ``[N, F]``, the last of them zero, to ``[entries, F]``, zeros at invalid steps."""
     if under_functorch() or not (torch.is_grad_enabled() and rows.requires_grad):
         return rows.index_select(0, layout.spread)
@@ -80,12 +81,15 @@ def _spread(rows: Tensor, layout: Layout, entries: int) -> Tensor:
     if isinstance(layout, RectangleLayout):
         return out_of_rectangles(rows, layout)
     assert isinstance(layout, PackedLayout)
+    if layout.there_and_back is not None:
+        return out_of_rectangles(rows, layout.there_and_back)
     assert layout.gather is not None
     spare = 0 if layout.exact else 1  # unused rows of a bounded layout go to a row cut off again
     flat = rows.new_zeros(entries + spare, rows.shape[1])
     if under_functorch():  # which has a rule for the copy alone
         return flat.index_copy(0, layout.gather, rows)[:entries]
-    return flat.index_copy_(0, layout.gather, rows)[:entries]
+    flat = flat.index_copy_(0, layout.gather, rows)
+    return flat[:entries] if spare else flat  # a slice has a derivative, of two operations
 
 
 def callers_own(output: Tensor) -> Tensor:
@@ -100,6 +104,8 @@ def _collect(flat: Tensor, layout: Layout) -> Tensor:
     if layout.gather is None:
         return flat
     assert isinstance(layout, PackedLayout)
+    if layout.there_and_back is not None:
+        return into_rectangles(flat, layout.there_and_back)
     if layout.exact:
         return flat.index_select(0, layout.gather)
     # Unused rows are zero: the products over all rows that follow would carry a NaN on.

@@ -35,6 +35,7 @@ from torch import Tensor
 from fastrnn.input.arguments import (
     KnownLengths,
     Lengths,
+    assert_within,
     check_device,
     check_flags,
     host_values,
@@ -42,6 +43,7 @@ from fastrnn.input.arguments import (
 )
 from fastrnn.input.constants import constant
 from fastrnn.input.transforms import is_batched, is_traced
+from fastrnn.input.upload import upload
 
 # What rounding the steps of a padded batch up may add to them.
 MOST_ADDED = 0.02
@@ -81,24 +83,53 @@ class Layout:
     enters: Tensor | None
     leaves: Tensor | None
 
-    def enter(self, initial: Tensor) -> Tensor:
-        """Initial states of the batch, ``[D, B, F]``, to those of the sequences, ``[D, S, F]``."""
+    def enter(self, initial: Tensor, directions: int) -> Tensor:
+        """Initial states of the batch to those of the sequences.
+
+        Args:
+            initial: ``[L * D, B, F]``, of all layers.
+            directions: D.
+
+        Returns:
+            ``[L * D, S, F]``.
+        """
         if self.owner is None:
             return initial
         states = initial.index_select(1, self.owner)
         if self.enters is None:
             return states
-        enters = self.enters[: states.shape[0]].unsqueeze(-1)
-        return torch.where(enters, states, torch.zeros_like(states))
+        enters = self.enters[:directions].unsqueeze(-1)
+        layers: Tensor = states.unflatten(0, (-1, directions))
+        return torch.where(enters, layers, 0.0).flatten(0, 1)
 
-    def leave(self, final: Tensor) -> Tensor:
-        """Final states of the sequences, ``[D, S, F]``, to those of the batch, ``[D, B, F]``."""
+    def leave(self, final: Tensor, directions: int) -> Tensor:
+        """Final states of the sequences, ``[L * D, S, F]``, to those of the batch, B for S."""
         if self.leaves is None:
             return final
-        if self.leaves.shape[0] == 1:
+        if self.leaves.shape[0] == 1 or directions == 1:
             return final.index_select(1, self.leaves[0])
-        directions = zip(final.unbind(0), self.leaves.unbind(0), strict=False)
-        return torch.stack([states.index_select(0, leaves) for states, leaves in directions])
+        layers: Tensor = final.unflatten(0, (-1, directions))
+        # Not gather, whose derivative on a GPU is not deterministic.
+        left = [
+            states.index_select(1, leaves)
+            for states, leaves in zip(layers.unbind(1), self.leaves, strict=True)
+        ]
+        return torch.stack(left, 1).flatten(0, 1)
+
+
+class ThereAndBack(NamedTuple):
+    """Steps of the flattened input to rows, and rows to steps.
+
+    Attributes:
+        gather: ``[N]`` int64, each row's place in the flattened input; any where it is unused.
+        spread: ``[entries]`` int64, the row of each step of the flattened input; of an invalid one
+            the last row, which is unused then.
+        valid: ``[N, 1]`` bool, rows that are used.
+    """
+
+    gather: Tensor
+    spread: Tensor
+    valid: Tensor
 
 
 class Steps(NamedTuple):
@@ -134,6 +165,7 @@ class PackedLayout(Layout):
         exact: whether N is exact, and ``batch_sizes`` on the host.
         sizes: ``batch_sizes`` as Python's numbers, where they are known without looking: a tensor
             of them has no values under a fake mode. None: look.
+        there_and_back: ``gather`` with its inverse, where that is known.
     """
 
     rows: int
@@ -145,22 +177,40 @@ class PackedLayout(Layout):
     leaves: Tensor | None = None
     exact: bool = True
     sizes: tuple[int, ...] | None = None
+    there_and_back: ThereAndBack | None = None
     _steps: dict[torch.device, Steps] = field(default_factory=dict, init=False, repr=False)
 
     def steps_on(self, device: torch.device) -> Steps:
         """The steps on the device, put there once for all layers."""
         if device not in self._steps:
-            self._steps[device] = steps_of(self._sizes_on(device))
+            self._steps[device] = self._make_steps(device)
         return self._steps[device]
 
-    def _sizes_on(self, device: torch.device) -> Tensor:
-        """``batch_sizes`` on the device; a dense batch's are made there, not copied."""
+    def keep_steps(self, device: torch.device, steps: Steps) -> None:
+        """The steps, where they are on the device already."""
+        self._steps[device] = steps
+
+    @property
+    def dense(self) -> bool:
+        """Whether every sequence has all steps, as far as is known without looking."""
+        return self.exact and self.rows == self.batch_sizes.shape[0] * self.sequences
+
+    @property
+    def batch(self) -> int:
+        """B; S sequences are as many, or an upper bound where resets cut."""
+        return self.sequences if self.leaves is None else self.leaves.shape[1]
+
+    def _make_steps(self, device: torch.device) -> Steps:
+        """A dense batch's are made on the device, not copied there."""
         if self.batch_sizes.device == device:
-            return self.batch_sizes
+            return steps_of(self.batch_sizes)
+        if not self.dense or not self.rows:
+            sizes, offsets = upload(device, *steps_of(self.batch_sizes))
+            assert sizes is not None and offsets is not None
+            return Steps(sizes, offsets)
         steps = self.batch_sizes.shape[0]
-        if self.rows == steps * self.sequences:
-            return torch.full((steps,), self.sequences, dtype=torch.int64, device=device)
-        return self.batch_sizes.to(device, non_blocking=True)
+        sizes = torch.full((steps,), self.sequences, dtype=torch.int64, device=device)
+        return Steps(sizes, torch.arange(0, self.rows, self.sequences, device=device))
 
 
 class PaddedLayout(NamedTuple):
@@ -283,6 +333,13 @@ class Addressing(Places, Protocol):
         """``[B]`` lengths the form itself carries; None where every sequence has all T steps."""
 
 
+# What makes a bounded layout of a padded batch, of lengths, mask and resets on its device. None: it
+# cannot.
+Bounded: TypeAlias = Callable[
+    [Addressing, Tensor | None, Tensor | None, Tensor | None], PackedLayout | None
+]
+
+
 class _Segments(NamedTuple):
     """Runs of consecutive valid steps that share a state; ``[S]`` each, unsorted."""
 
@@ -343,6 +400,7 @@ def ragged_layout(
     *,
     cut: Cut | None = None,
     wait: bool = False,
+    bounded: Bounded | None = None,
 ) -> PackedLayout | RectangleLayout:
     """The layout of a batch of which only some steps are valid.
 
@@ -357,6 +415,7 @@ def ragged_layout(
         cut: where to cut an exact layout into rectangles. Default: pack.
         wait: make an exact layout, for which this waits for a device that holds the lengths, the
             mask or the resets. Default: False.
+        bounded: what makes a bounded layout of a padded batch. Default: operations of torch.
 
     Returns:
         An exact layout where everything is on the host and nothing is being traced, else a bounded
@@ -392,21 +451,31 @@ def ragged_layout(
         else:
             known = known_lengths(lengths, batch, steps, exact, own)
         own = known.tensor
+    if mask is not None:
+        mask = _flags("mask", mask, form)
+    if resets is not None:
+        resets = _flags("resets", resets, form)
+    brought = form.own_lengths() if known is not None and not exact else None
+    own, mask, resets = upload(device, own, mask, resets)
+    if bounded is not None and not exact and form.entries == steps * batch > 0:
+        layout = bounded(form, own, mask, resets)
+        if layout is not None:
+            return layout
+    if known is not None and own is not None and not exact:
+        assert_within(own, steps, brought)
     if own is None:
         valid_lengths = torch.full((batch,), steps, dtype=torch.int64, device=device)
     else:
-        valid_lengths = _on(own, device)
+        valid_lengths = own
     places = None  # [B, T] the step at which a sequence's k-th valid step stands; None: the k-th
     if mask is not None:
-        valid = _on(_flags("mask", mask, form), device)
-        valid = valid & (torch.arange(steps, device=device) < valid_lengths.unsqueeze(1))
+        valid = mask & (torch.arange(steps, device=device) < valid_lengths.unsqueeze(1))
         valid_lengths = valid.sum(1)
         places = torch.argsort(~valid, dim=1, descending=False, stable=True)
     segments = None
     length = valid_lengths
     if resets is not None:
-        reset = _on(_flags("resets", resets, form), device)
-        segments = _cut(reset, places, valid_lengths, exact)
+        segments = _cut(resets, places, valid_lengths, exact)
         length = segments.length
 
     length, order = torch.sort(length, descending=True, stable=True)
@@ -509,7 +578,7 @@ class _Sorted(NamedTuple):
             flag.index_select(0, self.order)
             for flag in (self.segments.first, self.segments.last, self.segments.keeps_initial)
         )
-        return _on(torch.stack([first & keeps_initial, last]), self.form.device)
+        return torch.stack([first & keeps_initial, last])
 
     def leaves(self) -> Tensor:
         """See :class:`Layout`."""
@@ -522,7 +591,7 @@ class _Sorted(NamedTuple):
             leaves = torch.stack(
                 [_where_owned(end.index_select(0, self.order), self.owner, batch) for end in ends]
             )
-        return _on(leaves, self.form.device)
+        return leaves
 
 
 def _packed(found: _Sorted, sizes: list[int], rows: int) -> PackedLayout:
@@ -533,17 +602,19 @@ def _packed(found: _Sorted, sizes: list[int], rows: int) -> PackedLayout:
     row = torch.arange(rows, device="cpu")
     step = torch.searchsorted(stops, row, right=True)
     sequence = row - (stops - batch_sizes).index_select(0, step)
-    device = found.form.device
-    return PackedLayout(
-        rows,
-        found.owner.shape[0],
-        batch_sizes,
-        _on(found.flat_index(step, sequence), device),
-        _on(found.owner, device),
-        found.enters(),
-        found.leaves(),
-        sizes=tuple(sizes),
+    device, offsets = found.form.device, stops - batch_sizes
+    gather = found.flat_index(step, sequence)
+    # The steps as well, which only the kernels need: in the same copy they cost nothing.
+    there = upload(
+        device, batch_sizes, offsets, gather, found.owner, found.enters(), found.leaves()
     )
+    sequences = found.owner.shape[0]
+    layout = PackedLayout(
+        rows, sequences, batch_sizes, there[2], there[3], there[4], there[5], sizes=tuple(sizes)
+    )
+    if there[0] is not None and there[1] is not None:
+        layout.keep_steps(device, Steps(there[0], there[1]))
+    return layout
 
 
 def _bounded(found: _Sorted) -> PackedLayout:
@@ -566,8 +637,8 @@ def _bounded(found: _Sorted) -> PackedLayout:
         rows,
         sequences,
         batch_sizes,
-        _on(gather, form.device),
-        _on(found.owner, form.device),
+        gather,
+        found.owner,
         found.enters(),
         found.leaves(),
         exact=False,
@@ -609,10 +680,6 @@ def _in_rectangles(
         enters=found.enters(),
         leaves=found.leaves(),
     )
-
-
-def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
 
 def staircase(lengths: Sequence[int]) -> list[int]:

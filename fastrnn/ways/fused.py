@@ -7,6 +7,10 @@ product over all rows::
     d_rows = d_gates W_ih                                            after lstm_backward,
     d_W_ih = d_gates^T rows,  d_W_hh = d_gates^T h_{t-1}             likewise
 
+Of a dense batch the h_{t-1} are the outputs themselves, S rows further up, and h_0. Of a ragged one
+a small kernel collects them. At 3 to 5 us of the host's time each, operations around the launches
+count: tests/kernels/test_launch_counts.py says how many there are.
+
 Nothing here waits for the device: sizes of steps are read by the kernels, and rows that a bounded
 layout does not use come out as zero.
 
@@ -59,6 +63,9 @@ class FusedCall(NamedTuple):
             "recompute" makes them again with one more matrix product.
         backend: "triton", or "triton-or-reference": the step loop takes over where a GPU refuses a
             launch, and the reason is logged.
+        dense: whether every sequence is known to have all steps. Default: False.
+        sequences: how many tiles are chosen for. Default: S. The batch's, where resets cut it: how
+            many segments there are changes from batch to batch, and each tile is compiled.
     """
 
     directions: int
@@ -66,6 +73,8 @@ class FusedCall(NamedTuple):
     cell_states: bool
     memory: Memory
     backend: str
+    dense: bool = False
+    sequences: int | None = None
 
     def unflatten(self, flat: Sequence[Tensor]) -> list[LayerWeights]:
         """The flat list of weights, by direction."""
@@ -127,16 +136,28 @@ class _Stacked(NamedTuple):
     bias: Tensor | None
 
 
-def _stack(weights: Sequence[LayerWeights]) -> _Stacked:
-    biases = [bias for bias in (direction.bias() for direction in weights) if bias is not None]
+def _stack(weights: Sequence[LayerWeights], *, bias: bool = True) -> _Stacked:
+    """The weights of all directions; two directions' in one copy. ``bias``: the biases as well."""
+    first = weights[0]
+    bias = bias and first.bias_ih is not None
     if len(weights) == 1:
-        ih, hh, _, _, _ = weights[0]
-        return _Stacked(ih, hh.unsqueeze(0).contiguous(), biases[0] if biases else None)
+        return _Stacked(first.ih, _aligned(first.hh).unsqueeze(0), first.bias() if bias else None)
+    kinds = zip(*(direction[: 4 if bias else 2] for direction in weights), strict=True)
+    pieces = [piece for kind in kinds for piece in kind if piece is not None]
+    sizes = [len(weights) * piece.numel() for piece in pieces[:: len(weights)]]
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])
+    ih, hh, *biases = flat.split(sizes)
     return _Stacked(
-        torch.cat([direction.ih for direction in weights]),
-        torch.stack([direction.hh for direction in weights]),
-        torch.cat(biases) if biases else None,
+        ih.view(-1, first.ih.shape[1]),
+        hh.view(len(weights), *first.hh.shape),
+        biases[0] + biases[1] if bias else None,
     )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on: else another variant of a kernel is compiled."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _project(rows: Tensor, weights: _Stacked) -> Tensor:
@@ -189,10 +210,11 @@ def fused_forward(
         gates_x = _project(rows, weights)
     try:
         result = lstm_forward(
-            *(gates_x, weights.hh, h_0.contiguous(), c_0.contiguous()),
+            *(gates_x, weights.hh, _aligned(h_0), _aligned(c_0)),
             *steps,
             save=keep,
             input_precision=precision,
+            sequences=call.sequences,
         )
     except CannotLaunch as error:
         call.refused(error)
@@ -234,28 +256,35 @@ def fused_backward(
     """
     from fastrnn_kernels.launch import CannotLaunch
     from fastrnn_kernels.lstm_backward import lstm_backward
+    from fastrnn_kernels.previous_states import previous_states
 
     precision = input_precision()
-    weights = _stack(call.unflatten(flat))
+    c, gates, _ = states
+    assert c is not None
+    weights = _stack(call.unflatten(flat), bias=gates is None)
     directions, _, hidden_size = weights.hh.shape
-    initial_h, initial_c = h_0.contiguous(), c_0.contiguous()
+    initial_h, initial_c = _aligned(h_0), _aligned(c_0)
     outputs = h.view(-1, directions, hidden_size)
     needs_rows, needs_h_0, needs_c_0, *needs_flat = needs
     each = len(needs_flat) // directions
-    c, gates, _ = states
-    assert c is not None
+    needs_ih, needs_hh, needs_bias = (
+        any(any(needs_flat[kind::each]) for kind in kinds) for kinds in ((0,), (1,), range(2, each))
+    )
+    nothing = None  # that reaches the final states
+    if grads.h_n is None or grads.c_n is None:
+        nothing = torch.zeros_like(initial_c)
     previous = None
-    if gates is None or any(needs_flat[1::each]):
-        previous = _previous_states(outputs, initial_h, steps)
-    if gates is None:
-        assert previous is not None
-        with products_of(precision, rows.device, rows.dtype):
-            gates = _gates_again(rows, weights, previous)
     try:
+        if gates is None or (needs_hh and not call.dense):
+            previous = previous_states(outputs, initial_h, *steps)
+        if gates is None:
+            assert previous is not None
+            with products_of(precision, rows.device, rows.dtype):
+                gates = _gates_again(rows, weights, previous)
         d_gates, d_h_0, d_c_0 = lstm_backward(
             d_h=_given(grads.h, outputs),
-            d_h_n=_given(grads.h_n, initial_h),
-            d_c_n=_given(grads.c_n, initial_c),
+            d_h_n=_given(grads.h_n, initial_h, nothing),
+            d_c_n=_given(grads.c_n, initial_c, nothing),
             gates=gates,
             c=c,
             c_0=initial_c,
@@ -264,57 +293,71 @@ def fused_backward(
             offsets=steps.offsets,
             d_c=None if grads.c is None else _given(grads.c, c),
             input_precision=precision,
+            sequences=call.sequences,
         )
     except CannotLaunch as error:
         call.refused(error)
         inputs = (rows, h_0, c_0, flat, h, States(c, None, None), needs)
         return steps_backward(call.of_loop(steps), grads, *inputs)
+    both = d_gates.flatten(1)
+    d_rows = d_ih = d_hh = None
     with products_of(precision, rows.device, rows.dtype):
-        found: list[Tensor | None] = [
-            d_gates.flatten(1) @ weights.ih if needs_rows else None,
-            d_h_0 if needs_h_0 else None,
-            d_c_0 if needs_c_0 else None,
+        if needs_rows:
+            d_rows = both @ weights.ih
+        if needs_ih:
+            d_ih = (both.t() @ rows).view(directions, -1, rows.shape[1])
+        if needs_hh:
+            d_hh = (
+                _d_hh_of_dense(d_gates, outputs, initial_h)
+                if previous is None
+                else d_gates.permute(1, 2, 0) @ previous
+            )
+    d_bias = both.sum(0) if needs_bias else None
+    d_biases = [
+        None if gradient is None else gradient.view(directions, -1)
+        for gradient in twin_gradients(d_bias, True, True)
+    ]
+    found = [d_rows, d_h_0 if needs_h_0 else None, d_c_0 if needs_c_0 else None]
+    for index in range(directions):
+        of_each = [d_ih, d_hh, *d_biases][:each]
+        wanted = needs_flat[index * each : (index + 1) * each]
+        found += [
+            gradient[index] if needed and gradient is not None else None
+            for gradient, needed in zip(of_each, wanted, strict=True)
         ]
-        for index in range(directions):
-            needs_ih, needs_hh, *needs_bias = needs_flat[index * each : (index + 1) * each]
-            own = d_gates[:, index]
-            found.append(own.t() @ rows if needs_ih else None)
-            found.append(own.t() @ previous[index] if needs_hh and previous is not None else None)
-            if needs_bias:
-                found += twin_gradients(own.sum(0) if any(needs_bias) else None, *needs_bias)
     return found
 
 
-def _given(gradient: Tensor | None, like: Tensor) -> Tensor:
+def _given(gradient: Tensor | None, like: Tensor, nothing: Tensor | None = None) -> Tensor:
     """The gradient in the shape of what it belongs to; zeros for None."""
-    return torch.zeros_like(like) if gradient is None else gradient.reshape(like.shape).contiguous()
+    if gradient is not None:
+        return _aligned(gradient.reshape(like.shape))
+    return torch.zeros_like(like) if nothing is None else nothing
 
 
-def _previous_states(h: Tensor, h_0: Tensor, layout: Steps) -> list[Tensor]:
-    """``[N, H]`` for each direction: the hidden state that every row comes with."""
-    batch_sizes, offsets = layout
-    count, steps = h.shape[0], batch_sizes.shape[0]
-    row = torch.arange(count, device=h.device)
-    step = torch.searchsorted(offsets + batch_sizes, row, right=True)
-    used = step < steps
-    step = step.clamp(max=steps - 1)
-    sequence = row - offsets.index_select(0, step)
-    states = []
-    for index in range(h.shape[1]):
-        before = step - 1 if index == 0 else step + 1
-        inside = before.clamp(0, steps - 1)
-        known = (before == inside) & (sequence < batch_sizes.index_select(0, inside))
-        source = torch.where(known, offsets.index_select(0, inside), count) + sequence
-        source = torch.where(used, source, 0)  # whatever: its gradient is zero
-        states.append(torch.cat([h[:, index], h_0[index]]).index_select(0, source))
-    return states
+def _d_hh_of_dense(d_gates: Tensor, h: Tensor, h_0: Tensor) -> Tensor:
+    """``d_gates^T h_{t-1}``, ``[D, 4H, H]``, of a batch in which every sequence has all steps.
+
+    The state before a row is then the row S further up, in the reverse direction S further down.
+    """
+    sequences, later = h_0.shape[1], d_gates.shape[0] - h_0.shape[1]
+    found = d_gates.new_empty(*d_gates.shape[1:], h.shape[2])
+    for index, (gradient, states) in enumerate(zip(d_gates.unbind(1), h.unbind(1), strict=True)):
+        if index == 0:
+            begin, rest = gradient.split([sequences, later])
+            before = states[:later]
+        else:
+            rest, begin = gradient.split([later, sequences])
+            before = states[sequences:]
+        torch.mm(begin.t(), h_0[index], out=found[index])
+        found[index].addmm_(rest.t(), before)
+    return found
 
 
-def _gates_again(rows: Tensor, weights: _Stacked, previous: Sequence[Tensor]) -> Tensor:
+def _gates_again(rows: Tensor, weights: _Stacked, previous: Tensor) -> Tensor:
     """The activated gates, ``[N, D, 4H]``, from all hidden states at once."""
     gates = _project(rows, weights)
-    for index, states in enumerate(previous):
-        gates[:, index].addmm_(states, weights.hh[index].t())
+    gates.transpose(0, 1).baddbmm_(previous, weights.hh.transpose(1, 2))
     return activate_(gates)
 
 

@@ -39,7 +39,7 @@ from .primitives import (
     zero_product,
 )
 from .tile_store import stored_tile
-from .tiling import Chip, Tile, backward_tile, ceil_div
+from .tiling import Chip, Tile, backward_tile, ceil_div, with_batch_programs
 from .trust import RecurrenceVariant, trusting
 
 
@@ -323,6 +323,7 @@ def lstm_backward(
     d_c: torch.Tensor | None = None,
     input_precision: InputPrecision = "tf32x3",
     tile: Tile | None = None,
+    sequences: int | None = None,
 ) -> LSTMBackward:
     """Runs the recurrence of one layer backwards, all directions, in one launch.
 
@@ -343,6 +344,7 @@ def lstm_backward(
         input_precision: how float32 products are made, as in the forward pass.
         tile: how the work is cut. Default: as measured (tile_store.py), or else the rule's
             (`tiling.backward_tile`), after a check (trust.py).
+        sequences: how many to choose the tile for. Default: S; fewer where S is only a bound.
 
     Returns:
         d_gates (zero in rows beyond the valid ones), d_h_0 and d_c_0, of gates' dtype.
@@ -367,13 +369,16 @@ def lstm_backward(
         return LSTMBackward(d_gates.zero_(), d_h_0.copy_(d_h_n), d_c_0.copy_(d_c_n))
 
     precision = precision_of(gates, input_precision)
+    likely = S if sequences is None else sequences
     variant = None
     if tile is None:
-        tile = stored_tile("backward", S, H, D, gates.dtype, gates.device, precision)
+        tile = stored_tile("backward", likely, H, D, gates.dtype, gates.device, precision)
         if tile is None:
-            tile = backward_tile(S, H, D, gates.dtype, Chip.of(gates.device), precision)
+            tile = backward_tile(likely, H, D, gates.dtype, Chip.of(gates.device), precision)
         kind = (H, D, gates.dtype, precision, d_c is not None, tile)
         variant = RecurrenceVariant("backward", gates.device, *kind)
+    if likely != S:
+        tile = with_batch_programs(tile, S, D, Chip.of(gates.device))
     tile.check(S, H)
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)

@@ -40,7 +40,7 @@ from .primitives import (
     zero_product,
 )
 from .tile_store import stored_tile
-from .tiling import Chip, Tile, ceil_div, forward_tile
+from .tiling import Chip, Tile, ceil_div, forward_tile, with_batch_programs
 from .trust import RecurrenceVariant, trusting
 
 
@@ -311,6 +311,7 @@ def lstm_forward(
     save: Literal["gates", "cells", "nothing"],
     input_precision: InputPrecision = "tf32x3",
     tile: Tile | None = None,
+    sequences: int | None = None,
 ) -> LSTMForward:
     """Runs the recurrence of one layer, all directions, in one launch on the current stream.
 
@@ -331,6 +332,7 @@ def lstm_forward(
             "ieee".
         tile: how the work is cut. Default: as measured (tile_store.py), or else the rule's
             (`tiling.forward_tile`), after a check (trust.py).
+        sequences: how many to choose the tile for. Default: S; fewer where S is only a bound.
 
     Returns:
         h, h_n, c_n, and gates and c where `save` asks for them, all of gates_x's dtype.
@@ -356,13 +358,16 @@ def lstm_forward(
         return LSTMForward(h, h_n, c_n, gates, c)
 
     precision = precision_of(gates_x, input_precision)
+    likely = S if sequences is None else sequences
     variant = None
     if tile is None:
-        tile = stored_tile("forward", S, H, D, gates_x.dtype, gates_x.device, precision)
+        tile = stored_tile("forward", likely, H, D, gates_x.dtype, gates_x.device, precision)
         if tile is None:
-            tile = forward_tile(S, H, D, gates_x.dtype, Chip.of(gates_x.device), precision)
+            tile = forward_tile(likely, H, D, gates_x.dtype, Chip.of(gates_x.device), precision)
         kind = (H, D, gates_x.dtype, precision, save, tile)
         variant = RecurrenceVariant("forward", gates_x.device, *kind)
+    if likely != S:
+        tile = with_batch_programs(tile, S, D, Chip.of(gates_x.device))
     tile.check(S, H)
     weight_hh = with_aligned_columns(weight_hh)
     num_batch_tiles = ceil_div(S, tile.BLOCK_B)

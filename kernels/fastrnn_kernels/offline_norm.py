@@ -35,6 +35,7 @@ from .gradient_table import KINDS, PROGRAMS_PER_MULTIPROCESSOR
 from .gradient_threshold import BLOCK as THRESHOLD_BLOCK
 from .gradient_threshold import threshold_kernel
 from .offline import (
+    QUICK_CHIPS,
     TARGETS,
     amd_barrier_faults,
     amd_usage,
@@ -265,7 +266,7 @@ def _examine_amd(report: NormReport, text: str) -> None:
         report.faults.append("registers of too few programs")
     report.wide_loads = len(re.findall(r"\b(?:global|buffer|flat)_load_dwordx4", text))
     report.wide_stores = len(re.findall(r"\b(?:global|buffer|flat)_store_dwordx4", text))
-    report.faults += amd_barrier_faults(text) + atomics_faults(text)
+    report.faults += amd_barrier_faults(text, report.case.chip) + atomics_faults(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -279,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--snapshot", type=Path, help="write the table to this file")
     parser.add_argument("--check", type=Path, help="fail if the table differs from this file's")
     given = parser.parse_args(arguments)
-    chips = given.chip or list(TARGETS)
+    chips = given.chip or list(QUICK_CHIPS if given.quick else TARGETS)
     chosen = cases(chips, quick=given.quick)
     names = tuple(case.name for case in chosen)
     return report_all(chosen, examine, given, lambda line: line.startswith(names))

@@ -122,6 +122,25 @@ def count_steps(batch_sizes_ptr, T, first_row):
 
 
 @triton.jit
+def last_not_above(values_ptr, count, key):
+    """For each key the last index whose value is <= key; 0 where none is.
+
+    The values never fall; `count` is at least 1.
+    """
+    low = tl.zeros_like(key).to(tl.int32)
+    span = 1
+    while 2 * span < count:
+        span *= 2
+    while span > 0:
+        probe = low + span
+        inside = probe < count
+        value = tl.load(values_ptr + probe, mask=inside, other=0)
+        low = tl.where(inside & (value <= key), probe, low)
+        span //= 2
+    return low
+
+
+@triton.jit
 def rows_of_step(batch_sizes_ptr, offsets_ptr, step, steps):
     """Active sequences of a step and its first row; (0, 0) outside 0 <= step < steps."""
     inside = (step >= 0) & (step < steps)

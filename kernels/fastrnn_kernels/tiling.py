@@ -97,6 +97,12 @@ class Chip:
     warp_size: int = 32
 
     @property
+    def generation(self) -> str:
+        """The architecture whose tiles these are: of chips alike but for their sizes the first."""
+        alike = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
+        return alike.get(self.architecture, self.architecture)
+
+    @property
     def wgmma(self) -> bool:
         """Whether products of 64 rows and more go to Hopper's warpgroup instruction."""
         return self.architecture == "sm_90"
@@ -104,7 +110,7 @@ class Chip:
     @property
     def tensor_memory(self) -> int | None:
         """Columns of tensor memory, where products of 64 rows and more have their results there."""
-        return TENSOR_MEMORY if self.architecture in ("sm_100", "sm_103") else None
+        return TENSOR_MEMORY if self.generation == "sm_100" else None
 
     @staticmethod
     def of(device: torch.device) -> Chip:
@@ -118,11 +124,20 @@ class Chip:
         return replace(chip, multiprocessors=_most_multiprocessors)
 
 
+# What the offline gate compiles for, and so where kernels may run. A GPU may have fewer
+# multiprocessors than the one of its architecture that is named here: large layers have no tile
+# there.
 CHIPS = {
-    "sm_80": Chip("sm_80", multiprocessors=108, shared_memory=166_912),
-    "sm_90": Chip("sm_90", multiprocessors=132, shared_memory=232_448),
-    "sm_100": Chip("sm_100", multiprocessors=148, shared_memory=232_448),
-    "gfx942": Chip("gfx942", multiprocessors=304, shared_memory=65_536, warp_size=64),
+    "sm_80": Chip("sm_80", multiprocessors=108, shared_memory=166_912),  # A100
+    "sm_86": Chip("sm_86", multiprocessors=82, shared_memory=101_376),  # RTX 3090
+    "sm_89": Chip("sm_89", multiprocessors=128, shared_memory=101_376),  # RTX 4090
+    "sm_90": Chip("sm_90", multiprocessors=132, shared_memory=232_448),  # H100
+    "sm_100": Chip("sm_100", multiprocessors=148, shared_memory=232_448),  # B200
+    "sm_103": Chip("sm_103", multiprocessors=148, shared_memory=232_448),  # B300
+    "sm_120": Chip("sm_120", multiprocessors=170, shared_memory=101_376),  # RTX 5090
+    "sm_121": Chip("sm_121", multiprocessors=48, shared_memory=101_376),  # GB10
+    "gfx90a": Chip("gfx90a", multiprocessors=104, shared_memory=65_536, warp_size=64),  # MI210
+    "gfx942": Chip("gfx942", multiprocessors=304, shared_memory=65_536, warp_size=64),  # MI300X
 }
 
 
@@ -141,13 +156,20 @@ def limit_multiprocessors(n: int | None) -> None:
     _most_multiprocessors = n
 
 
-@functools.cache
-def _chip_of_gpu(index: int) -> Chip:
+def architecture_of(index: int | None) -> str:
+    """The architecture of a GPU, the current one by default, as CHIPS names it."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        architecture = properties.gcnArchName.split(":")[0]
-        return Chip(architecture, properties.multi_processor_count, 65_536, warp_size=64)
-    architecture = f"sm_{properties.major}{properties.minor}"
+        return str(properties.gcnArchName.split(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _chip_of_gpu(index: int) -> Chip:
+    properties, architecture = torch.cuda.get_device_properties(index), architecture_of(index)
+    if torch.version.hip is not None:
+        shared_memory, warp_size = properties.shared_memory_per_block, properties.warp_size
+        return Chip(architecture, properties.multi_processor_count, shared_memory, warp_size)
     shared_memory = properties.shared_memory_per_block_optin
     return Chip(architecture, properties.multi_processor_count, shared_memory)
 
@@ -317,8 +339,12 @@ def candidates(
         for BLOCK_B in (16, 32, 64):
             batch_programs = _batch_programs(S, BLOCK_B, unit_programs, D, chip)
             num_warps = _num_warps(which, BLOCK_B, BLOCK_H, H, itemsize, chip, parts, crowding)
-            if unit_programs > 1 and chip.architecture == "sm_100":
+            if unit_programs > 1 and chip.generation == "sm_100":
                 num_warps = max(num_warps, SM_100_WARPS)
+            if unit_programs > 1 and which == "backward" and chip.generation == "sm_120":
+                # With half as many ptxas spills one to five addresses in 16 bits; of 64 rows in
+                # every dtype, and with twice as many too.
+                num_warps *= 4 if BLOCK_B >= 64 else 4 // itemsize
             if num_warps > MOST_WARPS:
                 continue
             # On gfx942 its eight warps would each have all 32 rows, and spill 740 registers.
@@ -426,7 +452,7 @@ def _cut_k(
     in_flight = BYTES_IN_FLIGHT * num_warps * chip.warp_size // block_bytes
     # tl.dot takes 16 of K at least. From 64 rows up the warps share the rows.
     groups = min(num_warps, BLOCK_K // 16) if grouped else 1
-    kind = (chip.architecture, which, residency, itemsize, BLOCK_B, BLOCK_H, BLOCK_K)
+    kind = (chip.generation, which, residency, itemsize, BLOCK_B, BLOCK_H, BLOCK_K)
     if parts == 1 and kind in EXCEPTIONS:
         num_warps, groups, in_flight = EXCEPTIONS[kind]
     in_flight = max(1, min(in_flight, round_up(H, max(BLOCK_H, BLOCK_K)) // BLOCK_K))

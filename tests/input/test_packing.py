@@ -365,27 +365,29 @@ def test_batches_of_many_lengths_have_few_shapes():
 # --- states enter and leave ----------------------------------------------------------------------
 
 
-def test_states_enter_and_leave_where_the_layout_says():
+@pytest.mark.parametrize("layers", [1, 2], ids=["one-layer", "two-layers"])
+@pytest.mark.parametrize("directions", [1, 2], ids=["D1", "D2"])
+def test_states_enter_and_leave_where_the_layout_says(layers, directions):
     form, _ = padded_form(B, T)
     layout = ragged_layout(form, [3, 0, 6, 2], resets=as_given(RESETS["some"], False))
-    initial = torch.randn(2, B, 3)
-    states = layout.enter(initial)
-    for direction in range(2):
+    initial = torch.randn(layers * directions, B, 3)
+    states = layout.enter(initial, directions)
+    final = torch.randn(layers * directions, layout.sequences, 3)
+    batch = layout.leave(final, directions)
+    for index in range(layers * directions):
+        direction = index % directions
         for s, sequence in enumerate(read(layout)):
-            entered = initial[direction, sequence.owner]
+            entered = initial[index, sequence.owner]
             wanted = entered if sequence.enters[direction] else torch.zeros(3)
-            assert torch.equal(states[direction, s], wanted)
-    final = torch.randn(2, layout.sequences, 3)
-    batch = layout.leave(final)
-    for direction, which in enumerate(layout.leaves.tolist()):
-        assert torch.equal(batch[direction], final[direction, which])
+            assert torch.equal(states[index, s], wanted)
+        assert torch.equal(batch[index], final[index, layout.leaves[direction]])
 
 
 def test_nan_in_an_initial_state_that_enters_nowhere_stays_out():
     form, _ = padded_form(B, T)
     layout = ragged_layout(form, resets=as_given(RESETS["first-step"], False))
     initial = torch.full((1, B, 3), float("nan"), requires_grad=True)
-    states = layout.enter(initial)
+    states = layout.enter(initial, 1)
     states.sum().backward()
     assert (states == 0).all()
     assert (initial.grad == 0).all()

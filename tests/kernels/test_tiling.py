@@ -27,6 +27,8 @@ from fastrnn_kernels.tiling import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Where 2048 units of each direction are too many for the multiprocessors.
+WIDEST = {("sm_121", 2): 1536}
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
@@ -37,6 +39,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
     dtype=st.sampled_from(DTYPES),
 )
 def test_every_size_has_a_tile_that_fits(chip, S: int, H: int, D: int, dtype: torch.dtype) -> None:
+    H = min(H, WIDEST.get((chip.architecture, D), 2048))
     for which, choose in (("forward", forward_tile), ("backward", backward_tile)):
         tile = choose(S, H, D, dtype, chip)
         tile.check(S, H)
@@ -78,6 +81,18 @@ def test_whole_tiles_need_no_cooperative_launch() -> None:
     split = forward_tile(16, 512, 1, torch.bfloat16, CHIPS["sm_90"])
     assert not whole.options()["launch_cooperative_grid"]
     assert split.options()["launch_cooperative_grid"]
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
+@pytest.mark.parametrize("D", [1, 2], ids=["D1", "D2"])
+def test_up_to_which_hidden_size_float32_has_tiles(chip, D: int) -> None:
+    """A layer wider than that is refused with the reason, and torch computes it."""
+    widest = WIDEST.get((chip.architecture, D), 2048)
+    for choose in (forward_tile, backward_tile):
+        assert choose(64, widest, D, torch.float32, chip)
+    if widest < 2048:
+        with pytest.raises(ValueError, match=f"at most {chip.multiprocessors} programs"):
+            forward_tile(64, widest + 8, D, torch.float32, chip)
 
 
 def test_a_grid_that_cannot_be_resident_is_refused_with_the_reason() -> None:
