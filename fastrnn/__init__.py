@@ -7,6 +7,7 @@ and nothing is patched before :func:`patched` is entered.
 from fastrnn.choosing.backends import backends, limit_multiprocessors
 from fastrnn.clip import GradientClipper, clip_grad_norm_
 from fastrnn.convert import convert, patched, revert
+from fastrnn.explain import explain
 from fastrnn.lstm import LSTM
 from fastrnn.tune import tune
 
@@ -16,6 +17,7 @@ __all__ = [
     "backends",
     "clip_grad_norm_",
     "convert",
+    "explain",
     "limit_multiprocessors",
     "patched",
     "revert",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.choosing.choose import Choice
+from fastrnn.choosing.describe import log_path, logs_paths
 from fastrnn.choosing.request import Request
 from fastrnn.input.arguments import check_lengths
 from fastrnn.input.device_layout import bounded_layout
@@ -41,6 +43,8 @@ class Computed(NamedTuple):
 
 def compute(asked: Request, choice: Choice) -> Computed:
     """Run a call by the way that was chosen for it."""
+    if logs_paths():
+        log_path(asked, choice)
     if not asked.autocast:
         return _compute(asked, choice)
     with outside_autocast(asked.form.device):  # the input gets its dtype here
@@ -218,3 +222,21 @@ def _by_rows(asked: Request, choice: Choice) -> Computed:
     )
     rows = [result.rows] if result.c is None else [result.rows, result.c]
     return Computed(result.h_n, result.c_n, [form.restore(part, layout) for part in rows])
+
+
+def run_once(asked: Request, way: str) -> None:
+    """Run a call by a way of a GPU, "torch" or "triton", with a backward pass where one is needed.
+
+    On inputs of its own, so that nobody's gradients change.
+    """
+    choice = Choice("triton", "", backend="triton") if way == "triton" else Choice("torch", "")
+    with torch.set_grad_enabled(asked.needs_grad):
+        flat = [weight.detach().requires_grad_(weight.requires_grad) for weight in asked.flat]
+        found = compute(asked._replace(flat=flat), choice)
+        wanted = [weight for weight in flat if weight.requires_grad]
+        if asked.needs_grad and wanted:
+            outputs = [found.h_n, found.c_n]
+            for part in found.sequences:
+                whole = part.data if isinstance(part, PackedSequence) else part
+                outputs.append(whole.values() if whole.is_nested else whole)
+            torch.autograd.grad([output.sum() for output in outputs], wanted)

@@ -11,11 +11,13 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn.choosing import measured
 from fastrnn.choosing.backends import Backend, check_backend
 from fastrnn.choosing.choose import Choice, choose, dense_on_cpu
-from fastrnn.choosing.environment import forced_backend
+from fastrnn.choosing.describe import logs_paths
+from fastrnn.choosing.environment import forced_backend, tunes_at_first_sight
 from fastrnn.choosing.request import Request
-from fastrnn.compute import Computed, Sequences, compute, run_dense_by
+from fastrnn.compute import Computed, Sequences, compute, run_dense_by, run_once
 from fastrnn.flops import teach
 from fastrnn.input.arguments import Lengths, batched_flags, batched_length
 from fastrnn.input.forms import Form, Jagged, Packed, Padded
@@ -153,7 +155,11 @@ class LSTM(nn.RNNBase):
             if found is not None:
                 return found
         asked, unbatched = self._read(input, hx, lengths, mask, resets, return_cell_states)
-        return self._as_given(unbatched, compute(asked, choose(asked)))
+        choice = choose(asked)
+        if choice.by_rule and tunes_at_first_sight(asked.form.device):
+            measured.measure(asked, run_once)
+            choice = choose(asked)
+        return self._as_given(unbatched, compute(asked, choice))
 
     def _dense_on_cpu(self, x: Sequences, hx: States | None) -> tuple[Tensor, States] | None:
         """A dense batch on the CPU by an operator of torch's; None for any other call.
@@ -167,7 +173,7 @@ class LSTM(nn.RNNBase):
             return None
         if hx is not None and (type(hx) is not tuple or not all(isinstance(s, Tensor) for s in hx)):
             return None
-        if self.backend != "auto" or self.memory != "save" or forced_backend():
+        if self.backend != "auto" or self.memory != "save" or forced_backend() or logs_paths():
             return None
         if not outside_transforms() or autocast_dtype(CPU) is not None or x.dtype.is_complex:
             return None

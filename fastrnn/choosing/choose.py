@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from fastrnn.choosing import cudnn
+from fastrnn.choosing import cudnn, measured
 from fastrnn.choosing.arrange import Work, arrange
 from fastrnn.choosing.backends import can_run_triton, check_backend
 from fastrnn.choosing.environment import forced_backend
@@ -77,12 +77,14 @@ class Choice(NamedTuple):
         layout: of the batch, where the choice needed it.
         backend: what a layer is told: "auto" may take oneDNN, "triton" no other, and
             "triton-or-reference" the step loop where a GPU refuses a launch.
+        by_rule: whether torch's way and the kernels both could run, and no measurement decided.
     """
 
     way: Way
     why: str
     layout: Layout | PaddedLayout | None = None
     backend: Literal["auto", "reference", "triton", "triton-or-reference"] = "auto"
+    by_rule: bool = False
 
 
 ONE_STEP = Choice("cell", "one step of a few sequences is fastest by torch's cell")
@@ -222,10 +224,14 @@ def _on_gpu(asked: Request) -> Choice:
         return _elsewhere(asked, reason)
     if (reason := _no_torch(asked)) is not None:
         return Choice("triton", reason, backend="triton-or-reference")
-    if (reason := _torch_is_faster(asked)) is not None:
-        return Choice("torch", reason)
-    why = "one launch computes all steps, and no padding"
-    return Choice("triton", why, backend="triton-or-reference")
+    way, why, by_rule = measured.fastest(asked), "it was measured to be the fastest here", False
+    if way is None:
+        reason, by_rule = _torch_is_faster(asked), True
+        way = "triton" if reason is None else "torch"
+        why = reason or "one launch computes all steps, and no padding"
+    if way == "torch":
+        return Choice("torch", why, by_rule=by_rule)
+    return Choice("triton", why, backend="triton-or-reference", by_rule=by_rule)
 
 
 def _elsewhere(asked: Request, no_kernels: str | None = None) -> Choice:

@@ -9,6 +9,8 @@ import functools
 import os
 from typing import NamedTuple
 
+import torch
+
 
 class Switch(NamedTuple):
     """One environment variable.
@@ -78,6 +80,13 @@ def forced_backend() -> str:
 
 # A constant to torch.compile, which would trace the cached function; see can_run_triton.
 forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tunes_at_first_sight(device: torch.device) -> bool:
+    """Whether FASTRNN_TUNE asks for a measurement now: not while a CUDA graph is being captured."""
+    if torch.compiler.is_compiling() or switch("FASTRNN_TUNE") != "1":
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def surroundings() -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.choosing import backends
+from fastrnn.choosing import backends, measured
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
 from fastrnn_kernels import tile_store, tuning
@@ -52,8 +52,10 @@ class Clock:
 def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tile_store.forget()
+    measured.forget()
     yield store_path()
     tile_store.forget()
+    measured.forget()
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def tune(clock: Callable[..., float], monkeypatch: pytest.MonkeyPatch, **options
 def test_the_fastest_tile_is_found_and_used_from_then_on(
     fastest: int, kernels: None, monkeypatch: pytest.MonkeyPatch, own_store: Path
 ) -> None:
-    found = tune(Clock(fastest), monkeypatch, rounds=1)
+    *found, inference, training = tune(Clock(fastest), monkeypatch, rounds=1)
     assert [each.which for each in found] == ["forward", "backward"]
     for each in found:
         assert each.tile == SMALL[fastest]
@@ -86,6 +88,7 @@ def test_the_fastest_tile_is_found_and_used_from_then_on(
         assert each.rule_microseconds == (1.0 if fastest == 1 else 3.0)
         assert (each.measured, each.refused) == (3, 0)
     assert len(json.loads(own_store.read_text())["tiles"]) == 2
+    assert "inference" in inference.call and "training" in training.call
 
     lstm = fastrnn.LSTM(7, H, backend="triton")  # the input's width does not matter
     x = torch.randn(1, 2, 7, requires_grad=True)
@@ -112,8 +115,9 @@ def test_tiles_take_turns_in_another_order_every_round(
 def test_inference_needs_no_backward(
     kernels: None, monkeypatch: pytest.MonkeyPatch, own_store: Path
 ) -> None:
-    (found,) = tune(Clock(0), monkeypatch, rounds=1, training=False)
+    found, ways = tune(Clock(0), monkeypatch, rounds=1, training=False)
     assert found.which == "forward"
+    assert set(ways.microseconds) == {"torch", "triton"}
     assert len(json.loads(own_store.read_text())["tiles"]) == 1
 
 
@@ -202,7 +206,7 @@ def test_it_says_why_there_is_nothing_to_tune() -> None:
 
 def test_mistakes_are_refused_with_what_was_expected(kernels: None) -> None:
     lstm, example = fastrnn.LSTM(2, H), torch.randn(3, B, 2)
-    with pytest.raises(TypeError, match=r"must be a fastrnn\.LSTM, got LSTM; fastrnn\.convert"):
+    with pytest.raises(TypeError, match=r"must be a fastrnn\.LSTM, .* got LSTM; fastrnn\.convert"):
         fastrnn.tune(nn.LSTM(2, H), example)
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         fastrnn.tune(lstm, example, rounds=0)
@@ -212,3 +216,25 @@ def test_mistakes_are_refused_with_what_was_expected(kernels: None) -> None:
         fastrnn.tune(lstm, example, lengths=[0] * B)
     with pytest.raises(RuntimeError, match='has backend="reference"'):
         fastrnn.tune(fastrnn.LSTM(2, H, backend="reference"), example)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 2)
+        self.rnn = fastrnn.LSTM(2, H, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        return self.rnn(self.embed(x), lengths=lengths)[0]
+
+
+def test_a_model_is_tuned_as_it_calls_its_lstms(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "gpu_timer", lambda device: Clock(0))
+    model = Encoder()
+    given = torch.randn(B, 2, 3), LENGTHS
+    *_, ways = fastrnn.tune(model, given, rounds=1, training=False)
+    assert ways.way in ("torch", "triton")
+    assert ways.call.startswith(f"I2 H{H} L1 D1 B<=4 T<=2 float32 lengths inference")
+    assert not model.rnn._forward_pre_hooks
