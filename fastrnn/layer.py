@@ -62,7 +62,7 @@ def lstm_layer(
         h_0: ``[D, S, P]``.
         c_0: ``[D, S, H]``.
         cell_states: return the cell state of every row.
-        backend: what :func:`fastrnn.choosing.backends.resolve_backend` said.
+        backend: of :class:`fastrnn.choosing.choose.Choice`.
         memory: "save" or "recompute" the gates for backward.
 
     Returns:

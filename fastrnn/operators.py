@@ -2,7 +2,9 @@
 
 A graph then holds one node a layer and never an unrolled loop. The operators compute what the
 functions of fused.py and step_loop.py compute: on the CPU in training always the step loop, because
-what that saves has shapes that are known while tracing.
+what that saves has shapes that are known while tracing. torch's own LSTM saves what nobody knows
+while tracing, so its backward computes forward again, which on a GPU without kernels is nothing
+beside what a step loop costs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from fastrnn.ways.recurrence import (
     pad_rows,
 )
 from fastrnn.ways.step_loop import Call, States, host_sizes, steps_backward, steps_forward
+from fastrnn.ways.torch_lstm import layer_backward, layer_forward
 
 
 @torch.library.custom_op("fastrnn::lstm_layer", mutates_args=())
@@ -60,11 +63,15 @@ def lstm_layer_op(
         else:
             shape = (host_sizes(batch_sizes), h_0.shape[0], bias, projection, cell_states)
             call = Call(*shape, keep)
-            in_rectangles = None if save else infer(call, backend, *inputs)
-            if in_rectangles is None:
+            whole: LayerOutput | None = None
+            if backend == "torch":
+                whole = layer_forward(call, *inputs)
+            elif not save:
+                whole = infer(call, backend, *inputs)
+            if whole is None:
                 output, states = steps_forward(call, *inputs, save=save)
             else:
-                output, states = in_rectangles, States(None, None, None)
+                output, states = whole, States(None, None, None)
     empty = rows.new_empty(0, dtype=_state_dtype(rows, backend))
     c, gates, tanh_c = (empty.clone() if state is None else state for state in states)
     return output.h, output.h_n, output.c_n, c, gates, tanh_c
@@ -125,6 +132,7 @@ def _lstm_layer_fake(
         shape = (count, directions, width) if kept else (0,)
         return rows.new_empty(shape, dtype=dtype)
 
+    save = save and backend != "torch"  # which computes forward again
     keeps_gates = save and memory == "save"
     return (
         rows.new_empty(count, directions * h_0.shape[2]),
@@ -168,7 +176,11 @@ def lstm_layer_backward_op(
             found = fused_backward(fused, grads, _steps(batch_sizes, rows), *inputs)
         else:
             shape = (host_sizes(batch_sizes), directions, bias, projection, cell_states)
-            found = steps_backward(Call(*shape, keep), grads, *inputs)
+            call = Call(*shape, keep)
+            if backend == "torch":
+                found = layer_backward(call, grads, rows, h_0, c_0, weights)
+            else:
+                found = steps_backward(call, grads, *inputs)
     return [_own(gradient) for gradient in found if gradient is not None]
 
 

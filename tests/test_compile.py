@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn.cells import lstm as lstm_cell
 from tests.oracle import answer, assert_agree, everything, make_state, padded, valid_steps
 
 B, T, I, H = 4, 6, 3, 5
@@ -184,6 +185,25 @@ def test_nan_in_the_padding_changes_no_bit():
     x[~valid_steps(LENGTHS, T)] = float("nan")
     dirty = everything(lambda _, x, hx: padded(run, x, hx, **ragged), lstm, x, hx)
     assert all(torch.equal(dirty[name], clean[name]) for name in clean)
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 5, 0], [0, 0, 0]], ids=["dense", "ragged", "none"])
+@pytest.mark.parametrize("config", [{}, {"proj_size": 2, "bidirectional": True}], ids=str)
+def test_by_torchs_own_lstm_the_loop_never_runs(config, lengths, monkeypatch):
+    """What a GPU without kernels gets: forward and backward by torch's operator, a node a layer."""
+    lstm = fastrnn.LSTM(4, 6, num_layers=2, backend="torch", **config)
+    x = torch.randn(5, 3, 4)
+
+    def run(module):
+        output, states = module(x, lengths=lengths)
+        loss = output.square().sum() + sum(state.sum() for state in states)
+        return output, *states, *torch.autograd.grad(loss, list(lstm.parameters()))
+
+    expected = run(lstm)
+    monkeypatch.setattr(lstm_cell, "lstm_forward", None)
+    monkeypatch.setattr(lstm_cell, "lstm_backward", None)
+    for found, right in zip(run(compiled(lstm)), expected, strict=True):
+        torch.testing.assert_close(found, right)
 
 
 def test_frozen_weights():

@@ -76,14 +76,15 @@ class Choice(NamedTuple):
         why: the reason, for the user.
         layout: of the batch, where the choice needed it.
         backend: what a layer is told: "auto" may take oneDNN, "triton" no other, and
-            "triton-or-reference" the step loop where a GPU refuses a launch.
+            "triton-or-reference" the step loop where a GPU refuses a launch; "torch", in a graph,
+            torch's own LSTM.
         by_rule: whether torch's way and the kernels both could run, and no measurement decided.
     """
 
     way: Way
     why: str
     layout: Layout | PaddedLayout | None = None
-    backend: Literal["auto", "reference", "triton", "triton-or-reference"] = "auto"
+    backend: Literal["auto", "torch", "reference", "triton", "triton-or-reference"] = "auto"
     by_rule: bool = False
 
 
@@ -247,10 +248,13 @@ def _traced(asked: Request) -> Choice:
     if _exporting_to_onnx():
         return _for_onnx(asked)
     why = "torch.compile or torch.export traces"
-    if asked.backend == "auto":
-        kernels = _no_kernels(asked) is None
-        return Choice("operator", why, backend="triton-or-reference" if kernels else "auto")
-    return Choice("operator", why, backend=_asked_for(asked).backend)
+    if asked.backend == "auto" and _no_kernels(asked) is None:
+        return Choice("operator", why, backend="triton-or-reference")
+    on_cpu = asked.backend == "auto" and asked.form.device == CPU
+    if asked.backend in ("auto", "torch") and not on_cpu and _no_torch(asked) is None:
+        return Choice("operator", why, backend="torch")
+    backend = "auto" if asked.backend == "auto" else _asked_for(asked).backend
+    return Choice("operator", why, backend=backend)
 
 
 def _exporting_to_onnx() -> bool:

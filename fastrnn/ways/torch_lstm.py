@@ -17,7 +17,8 @@ on the host. Double backward off the CPU knows no dropout between layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,8 +29,11 @@ from fastrnn.input.packing import PackedLayout
 from fastrnn.input.transforms import have_own_class, vectorized
 from fastrnn.ways.recurrence import (
     CPU,
+    LayerOutput,
+    OutputGradients,
     differentiate,
     outside_autocast,
+    pad_rows,
 )
 from fastrnn.ways.step_loop import Call, host_sizes, run_composite
 
@@ -203,6 +207,71 @@ def run_step(
         elif index % 2:
             rows = torch.cat(h_n[-2:], 1)
     return DenseOutput(rows, torch.stack(h_n), torch.stack(c_n))
+
+
+def layer_forward(
+    call: Call, rows: Tensor, h_0: Tensor, c_0: Tensor, flat: Sequence[Tensor]
+) -> LayerOutput:
+    """One layer without autograd, for an operator; rows past the valid ones come out as zero."""
+    if not sum(call.sizes):  # torch knows no batch without a step
+        output = rows.new_zeros(rows.shape[0], h_0.shape[0] * h_0.shape[2])
+        return LayerOutput(output, h_0.clone(), c_0.clone(), None)
+    found = _run_layer(call, rows, h_0, c_0, flat, train=False)
+    return LayerOutput(pad_rows(found.output, rows.shape[0]), found.h_n, found.c_n, None)
+
+
+def layer_backward(
+    call: Call,
+    grads: OutputGradients,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and each weight; forward is computed again for them."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (rows, h_0, c_0, *flat)]
+    valid = sum(call.sizes)
+    if not valid:  # each state passes through
+        found = [torch.zeros_like(leaf) for leaf in leaves]
+        for index, gradient in ((1, grads.h_n), (2, grads.c_n)):
+            found[index] = found[index] if gradient is None else gradient.clone()
+        return [*found]
+    with _autograd_in_an_operator():
+        output = _run_layer(call, leaves[0], leaves[1], leaves[2], leaves[3:], train=True)
+        pairs = [
+            (result, gradient)
+            for result, gradient in zip(output, grads.of_rows(valid)[:3], strict=True)
+            if gradient is not None
+        ]
+        results, given = zip(*pairs, strict=True)
+        return [*torch.autograd.grad(results, leaves, given, materialize_grads=True)]
+
+
+@contextlib.contextmanager
+def _autograd_in_an_operator() -> Iterator[None]:
+    """Autograd, which the dispatcher leaves out while it runs an operator of torch.library."""
+    key = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for part in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(part, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _run_layer(
+    call: Call,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    flat: Sequence[Tensor],
+    *,
+    train: bool,
+) -> DenseOutput:
+    valid = sum(call.sizes)
+    sizes = torch.tensor(call.sizes, dtype=torch.int64, device="cpu")
+    layout = PackedLayout(valid, h_0.shape[1], sizes, sizes=call.sizes)
+    stack = Stack(1, call.bias, call.directions == 2, call.projection)
+    return run_rows(rows[:valid], layout, flat, h_0, c_0, stack, train=train)
 
 
 def _torch_differentiates(x: Tensor, train: bool) -> bool:
