@@ -10,7 +10,7 @@ import torch
 from fastrnn.choosing.backends import can_run_triton
 from fastrnn.choosing.choose import Choice
 from fastrnn.choosing.environment import switch
-from fastrnn.choosing.request import Request
+from fastrnn.choosing.request import Request, rounded_up
 from fastrnn.input.forms import Jagged, Packed
 from fastrnn.ways import onednn, torch_lstm
 from fastrnn.ways.recurrence import CPU
@@ -23,16 +23,16 @@ def describe(asked: Request) -> str:
     form, stack = asked.form, asked.stack
     kind = "packed" if isinstance(form, Packed) else "jagged" if isinstance(form, Jagged) else ""
     parts = [f"I{asked.input_size}", f"H{asked.hidden_size}", f"L{stack.num_layers}"]
-    parts += [f"D{stack.directions}", f"B<={_class(form.batch)}", f"T<={_class(form.steps)}"]
+    parts += [
+        f"D{stack.directions}",
+        f"B<={rounded_up(form.batch)}",
+        f"T<={rounded_up(form.steps)}",
+    ]
     given = {"lengths": asked.lengths, "mask": asked.mask, "resets": asked.resets}
     names = [name for name, value in given.items() if value is not None]
     parts += [str(asked.dtype).removeprefix("torch."), *([kind] if kind else []), *names]
     parts.append("training" if asked.needs_grad else "inference")
     return f"{' '.join(parts)} on {form.device}"
-
-
-def _class(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()
 
 
 def objections(asked: Request) -> dict[str, str]:

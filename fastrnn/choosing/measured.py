@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fastrnn.choosing.request import Request
+from fastrnn.choosing.request import Request, rounded_up
 from fastrnn.input.forms import Padded
 
 if TYPE_CHECKING:
@@ -52,13 +52,9 @@ def class_of(asked: Request) -> str:
             f"{str(asked.dtype).removeprefix('torch.')}-{precision}",
             "dense" if dense else "ragged",
             "training" if asked.needs_grad else "inference",
-            f"B{_up(form.batch)}-T{_up(form.steps)}",
+            f"B{rounded_up(form.batch)}-T{rounded_up(form.steps)}",
         )
     )
-
-
-def _up(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()
 
 
 def measure(

@@ -79,3 +79,8 @@ class Request(NamedTuple):
         offsets = self.form.offsets if isinstance(self.form, Jagged) else None
         given = (offsets, self.lengths, self.mask, self.resets)
         return all(value.is_cpu for value in given if isinstance(value, Tensor))
+
+
+def rounded_up(count: int) -> int:
+    """To the next power of two: calls of one class have as many sequences, or steps."""
+    return 1 << max(0, count - 1).bit_length()
