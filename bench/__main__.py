@@ -1,4 +1,4 @@
-"""``python -m bench``: measure, compare, and put what was measured into README."""
+"""``python -m bench``: measure, compare, and put what was measured into the documentation."""
 
 from __future__ import annotations
 
@@ -113,9 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--bidirectional", action="store_true")
     add("--inference", action="store_true", help="forward only")
 
-    report_parser = command("report", _report, "bench/results/*.json into README's tables")
-    report_parser.add_argument("--results", type=Path, default=results_file.RESULTS, metavar="DIR")
-    report_parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    report_parser = command("report", _report, "bench/results/*.json into docs/benchmarks.md")
+    add = report_parser.add_argument
+    add("--results", type=Path, default=results_file.RESULTS, metavar="DIR")
+    add("--page", type=Path, default=Path("docs/benchmarks.md"), metavar="FILE")
+    add("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="for the summary")
 
     compare_parser = command("compare", _compare, "what became slower from A.json to B.json")
     add = compare_parser.add_argument
@@ -283,7 +285,7 @@ def _roofline(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    print(*report.write(arguments.results, arguments.readme), sep="\n")
+    print(*report.write(arguments.results, arguments.page, arguments.readme), sep="\n")
     return 0
 
 

@@ -58,7 +58,7 @@ class Options:
 
     @property
     def complete(self) -> bool:
-        """Whether the result is the standard one, fit for README."""
+        """Whether the result is the standard one, fit for docs/benchmarks.md."""
         changed = self.quick or self.shapes or self.cases or self.repeat or self.clock != "wall"
         return not changed
 

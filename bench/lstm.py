@@ -65,7 +65,7 @@ class Options:
 
     @property
     def complete(self) -> bool:
-        """Whether the result is the standard one, fit for README."""
+        """Whether the result is the standard one, fit for docs/benchmarks.md."""
         standard = self.dtypes == DTYPES and self.timing and not (self.cases or self.toy)
         return standard and self.device.type == "cuda"
 

@@ -1,10 +1,10 @@
-"""A result as Markdown: what README says of it. Rows where we lose stay in."""
+"""A result as Markdown: what docs/benchmarks.md says of it, and README. Rows where we lose stay."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import clip_providers, tables
+from bench import clip_providers, sweep, tables
 from bench.results_file import Record
 from bench.sections import (
     LSTM_SECTIONS,
@@ -18,11 +18,11 @@ from bench.sections import (
     verdicts,
 )
 
-_OPEN = ("ragged-training", "life")  # the sections that README shows unfolded
+_OPEN = ("ragged-training", "life")  # the sections that are shown unfolded
 
 
 def cpu_text(record: Record, image: str) -> str:
-    """What README says of a result on a CPU."""
+    """The tables of a result on a CPU."""
     env, cases = record["environment"], record["cases"]
     threads = sorted({case["threads"] for case in cases})
     parts = [
@@ -44,9 +44,12 @@ def cpu_text(record: Record, image: str) -> str:
 
 
 def _fold(key: str, title: str, body: str) -> str:
-    if key in _OPEN:
-        return f"**{title}.** {body}"
-    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+    return f"**{title}.** {body}" if key in _OPEN else _folded(title, body)
+
+
+def _folded(title: str, body: str) -> str:
+    """What opens at a click; ``markdown`` is for MkDocs, which otherwise leaves HTML as it is."""
+    return f"<details markdown><summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
 def _summary(record: Record, threads: Sequence[int]) -> str:
@@ -70,6 +73,62 @@ def _summary(record: Record, threads: Sequence[int]) -> str:
     on = {case["threads"]: tables.setting(case) for case in record["cases"]}
     head = ["", "asked", *(on[count] for count in threads)]
     return _table(head, rows, left=1)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """README's table: each kind of case, the mean and the worst of it on each machine.
+
+    Empty without records.
+    """
+    columns: list[str] = []
+    rows: dict[str, dict[str, str]] = {}
+    for record in records:
+        on = {case["threads"]: tables.setting(case) for case in record["cases"]}
+        gpu = record["environment"]["gpu"]
+        machine = record["environment"]["cpu"] if gpu is None else gpu["name"]
+        for verdict in verdicts(record["cases"]):
+            column = f"{machine}, {on[verdict.threads]}" if gpu is None else machine
+            if column not in columns:
+                columns.append(column)
+            figures = f"{tables.times(verdict.mean)} ({tables.times(verdict.worst)})"
+            rows.setdefault(compared(verdict.section, verdict.target), {})[column] = figures
+    body = [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return _table(["", *columns], body, left=1) if body else ""
+
+
+def sweep_lines(records: Sequence[Record]) -> str:
+    """README's sentence on random calls, one for each machine and number of threads."""
+    found = []
+    for record in records:
+        row = sweep.rows(record)[-1]
+        found.append(
+            f"- {_where(record)}: in {row.calls} random calls fastrnn is {tables.times(row.mean)} "
+            f"as fast as nn.LSTM in the geometric mean and {tables.times(row.worst)} in the worst "
+            f"case; {row.below:.0%} of the calls are below {tables.times(sweep.ASKED)}."
+        )
+    return "\n".join(found)
+
+
+def sweep_text(record: Record) -> str:
+    """The table of random calls on one machine, by form."""
+    env = record["environment"]
+    head = ["form", "calls", "mean", "worst", f"below {tables.times(sweep.ASKED)}", "the worst"]
+    rows = [
+        [
+            row.form,
+            str(row.calls),
+            tables.times(row.mean),
+            tables.times(row.worst),
+            f"{row.below:.0%}",
+            f"`{row.worst_id}`",
+        ]
+        for row in sweep.rows(record)
+    ]
+    return f"{_where(record)}, torch {env['torch']}, {env['date'][:10]}.\n\n{_table(head, rows, left=1)}"
+
+
+def _where(record: Record) -> str:
+    return f"{tables.machine(record['environment'])}, {tables.setting(record['cases'][0])}"
 
 
 def _section(key: str, cases: Sequence[Record]) -> str:
@@ -114,7 +173,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str
 
 
 def lstm_text(record: Record, image: str | None) -> str:
-    """What README says of a result on a GPU.
+    """The tables of a result on a GPU.
 
     Args:
         record: of ``python -m bench lstm``.
@@ -193,7 +252,7 @@ def _algorithms(case: Record) -> str:
 
 
 def clip_text(record: Record) -> str:
-    """What README says of the gradient clip on one machine."""
+    """The tables of the gradient clip on one machine."""
     env = record["environment"]
     parts = [
         f"{tables.machine(env)}, torch {env['torch']}, {env['date'][:10]}. Medians; ratios above 1 "
@@ -206,7 +265,7 @@ def clip_text(record: Record) -> str:
         rows = [case for case in record["cases"] if case["section"] == key]
         if rows:
             body = _clip_section(rows)
-            parts.append(f"<details><summary>{title}</summary>\n\n{body}\n\n</details>")
+            parts.append(_folded(title, body))
     parts += [
         f"Without the kernel: {case['id']}: {case['fell_back']}."
         for case in record["cases"]

@@ -1,7 +1,7 @@
 """The benchmarks as pytest-benchmark has them: ``python -m pytest bench --benchmark-enable``.
 
 For one case at a time, with pytest-benchmark's own comparison and history. They are collected only
-where bench/ is named. Sizes are small: figures for README come from ``python -m bench``. The timer
+where bench/ is named. Sizes are small: published figures come from ``python -m bench``. The timer
 waits for the GPU.
 """
 

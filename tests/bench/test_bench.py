@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench import cpu, memory, providers, report, results_file, verify
 from bench.__main__ import main
+from bench.results_file import Record
 from bench.sections import CPU_SECTIONS, LOOPS, SECTIONS, Target, verdicts
 from bench.timing import geometric_mean, interleave, quantile, rotated, speedup
 from bench.workloads import Batches, Case, Shape
@@ -115,6 +116,15 @@ def test_results_follow_their_schema(command: tuple[Path, str]) -> None:
         assert 0 <= verdict["error"] <= verdict["budget"] < 0.1
 
 
+def pages(folder: Path, *parts: str) -> tuple[Path, Path]:
+    """A page and a README with an old text between all the markers that they need."""
+    found = folder / "page.md", folder / "README.md"
+    for path, names in zip(found, (parts, ("summary", "random")), strict=True):
+        olds = "\n".join("\nold\n".join(report.markers(name)) for name in names)
+        path.write_text(f"before\n{olds}\nafter\n")
+    return found
+
+
 def test_report_writes_tables_and_plot_between_markers(
     command: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -123,37 +133,66 @@ def test_report_writes_tables_and_plot_between_markers(
     loss = next(case for case in record["cases"] if case["section"] == "ragged-training")
     loss["ratios"]["packed"]["median"] = 0.125
     results_file.save(record, tmp_path / "cpu-toy.json")
-    readme = tmp_path / "README.md"
-    begin, end = report.markers("cpu")
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    arguments = ["report", "--results", str(tmp_path), "--readme", str(readme)]
+    page, readme = pages(tmp_path, "cpu")
+    arguments = ["report", "--results", str(tmp_path)]
+    arguments += ["--page", str(page), "--readme", str(readme)]
     assert main(arguments) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "0.12×" in text  # rows where we lose stay in
     assert "**missed**" in text
-    assert "(cpu-toy.png)" in text
-    assert (tmp_path / "cpu-toy.png").stat().st_size > 10_000
+    assert "(plots/cpu-toy.png)" in text
+    assert (tmp_path / "plots/cpu-toy.png").stat().st_size > 10_000
+    summary = readme.read_text()
+    assert "old" not in summary.partition("<!-- bench:random")[0]
+    assert f"{record['environment']['cpu']}, 1 thread" in summary
+    assert "(0.12×) |" in summary  # the worst of its kind
     assert main(arguments) == 0
-    assert readme.read_text() == text
+    assert page.read_text() == text
+    assert readme.read_text() == summary
 
 
 def test_report_refuses_an_incomplete_result(command: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "cpu-toy.json").write_text(command[0].read_text())
     with pytest.raises(ValueError, match="holds no complete result"):
-        report.write(tmp_path, tmp_path / "README.md")
+        report.write(tmp_path, *pages(tmp_path, "cpu"))
 
 
-def test_report_refuses_a_readme_without_markers(command: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", [0, 1], ids=["page", "readme"])
+def test_report_refuses_texts_without_markers(
+    lacking: int, command: tuple[Path, str], tmp_path: Path
+) -> None:
     record = results_file.load(command[0]) | {"complete": True}
     results_file.save(record, tmp_path / "cpu-toy.json")
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here\n")
+    texts = pages(tmp_path, "cpu")
+    texts[lacking].write_text("nothing here\n")
+    before = [path.read_text() for path in texts]
     with pytest.raises(ValueError, match="must hold the lines"):
-        report.write(tmp_path, readme)
-    assert readme.read_text() == "nothing here\n"
+        report.write(tmp_path, *texts)
+    assert [path.read_text() for path in texts] == before
+
+
+def test_report_writes_random_calls(tmp_path: Path) -> None:
+    def case(form: str, ratio: float) -> Record:
+        ratios = {"nn.LSTM": {"median": ratio}}
+        name = f"{form}-{ratio}"
+        return {"id": name, "section": form, "threads": 1, "status": "ok", "ratios": ratios}
+
+    record = results_file.new_record("sweep", {}, torch.device("cpu"))
+    record["cases"] = [case("dense", 1.0), case("packed", 4.0), case("lengths", 2.0)]
+    record["cases"].append(case("step", 0.5))
+    for threads in (1, 2):
+        cases = [each | {"threads": threads} for each in record["cases"]]
+        complete = record | {"complete": True, "cases": cases}
+        results_file.save(complete, tmp_path / f"sweep-toy-{threads}.json")
+    page, readme = pages(tmp_path, "sweep")
+    report.write(tmp_path, page, readme)
+    words = "in 4 random calls fastrnn is 1.41× as fast as nn.LSTM in the geometric mean and 0.50×"
+    assert readme.read_text().count(words) == 2  # a sentence for each number of threads
+    assert "25% of the calls are below 0.90×" in readme.read_text()
+    assert "| step | 1 | 0.50× | 0.50× | 100% | `step-0.5` |" in page.read_text()
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])

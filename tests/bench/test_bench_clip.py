@@ -49,10 +49,11 @@ def test_results_follow_their_schema(measured: dict[str, Any]) -> None:
 
 def test_report_writes_the_clips_tables(measured: dict[str, Any], tmp_path: Path) -> None:
     save(measured | {"complete": True}, tmp_path / "clip-toy.json")
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(report.markers("clip")))
-    report.write(tmp_path, readme)
-    text = readme.read_text()
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
+    page.write_text("\n".join(report.markers("clip")))
+    readme.write_text("no markers: there is nothing to sum up")
+    report.write(tmp_path, page, readme)
+    text = page.read_text()
     assert "| 10 | 1,000 | float32 | yes |" in text
     assert "÷ torch foreach" in text
     assert "Clip, then a step of fused AdamW" in text

@@ -94,12 +94,14 @@ def test_report_writes_gpu_tables_and_plot(measured: dict[str, Any], tmp_path: P
     loss = next(case for case in record["cases"] if case["section"] == "open-field")
     loss["ratios"]["padded"]["median"] = 0.125
     save(record, tmp_path / "lstm-toy.json")
-    readme = tmp_path / "README.md"
+    page, readme = tmp_path / "page.md", tmp_path / "README.md"
     begin, end = report.markers("gpu")
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    arguments = ["report", "--results", str(tmp_path), "--readme", str(readme)]
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    readme.write_text("\n".join(report.markers("summary")))
+    arguments = ["report", "--results", str(tmp_path)]
+    arguments += ["--page", str(page), "--readme", str(readme)]
     assert main(arguments) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
@@ -107,16 +109,17 @@ def test_report_writes_gpu_tables_and_plot(measured: dict[str, Any], tmp_path: P
     assert "**missed**" in text
     assert "NVIDIA H100 80GB HBM3, CUDA 13.0, cuDNN 91900, Triton 3.6.0, TF32 on in RNNs" in text
     assert "PERSIST_STATIC / STANDARD" in text
-    assert "(lstm-toy.png)" in text
-    assert (tmp_path / "lstm-toy.png").stat().st_size > 10_000
+    assert "(plots/lstm-toy.png)" in text
+    assert (tmp_path / "plots/lstm-toy.png").stat().st_size > 10_000
+    assert "|  | NVIDIA H100 80GB HBM3 |" in readme.read_text()
 
 
 def test_gpu_results_need_their_markers(measured: dict[str, Any], tmp_path: Path) -> None:
     save(with_gpu_figures(measured), tmp_path / "lstm-toy.json")
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(report.markers("cpu")))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(report.markers("cpu")))
     with pytest.raises(ValueError, match="must hold the lines <!-- bench:gpu:begin -->"):
-        report.write(tmp_path, readme)
+        report.write(tmp_path, page, tmp_path / "README.md")
 
 
 def test_page_shows_incomplete_results_and_says_so(
