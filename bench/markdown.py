@@ -124,7 +124,8 @@ def sweep_text(record: Record) -> str:
         ]
         for row in sweep.rows(record)
     ]
-    return f"{_where(record)}, torch {env['torch']}, {env['date'][:10]}.\n\n{_table(head, rows, left=1)}"
+    about = f"{_where(record)}, torch {env['torch']}, {env['date'][:10]}."
+    return f"{about}\n\n{_table(head, rows, left=1)}"
 
 
 def _where(record: Record) -> str:

@@ -1,6 +1,6 @@
 """The sections of a result, what each must reach, and whether a result reaches it.
 
-Works on the records of a result file, so that the terminal, the documentation and the plot say the same.
+Works on the records of a result file, so that the terminal, the pages and the plot say the same.
 Ratios are how many times better fastrnn is: more is better, 1 is a tie.
 """
 
