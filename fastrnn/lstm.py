@@ -63,7 +63,8 @@ class LSTM(nn.RNNBase):
             again with one more matrix product. Default: "save".
 
     Raises:
-        ValueError: an argument out of range; TypeError: one of the wrong type; in torch's words.
+        ValueError: an argument out of range, in torch's words.
+        TypeError: one of the wrong type, in torch's words.
     """
 
     backend: Backend = "auto"

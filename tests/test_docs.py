@@ -96,7 +96,9 @@ def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
             lacking.add(block.needs)
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("default")  # torch's own, of what a page shows
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's, of what a page shows: TorchScript, quantisation
             exec(code, namespace)
     if lacking:
         pytest.skip(f"all ran but the blocks that need {', '.join(sorted(lacking))}")

@@ -17,12 +17,14 @@ class History(NamedTuple):
 
     S steps; tensors are `[S]`, or `[S, groups]` where a clipper has several groups.
 
-    step: the step's number, from 0, `[S]` int64.
-    norm: the total norm before clipping.
-    max_norm: the threshold in force.
-    coefficient: by which gradients were scaled, at most 1; NaN also where the step was not taken.
-    clipped: whether the coefficient was below 1.
-    nonfinite: whether the norm was infinite or NaN.
+    Attributes:
+        step: the step's number, from 0, `[S]` int64.
+        norm: the total norm before clipping.
+        max_norm: the threshold in force.
+        coefficient: by which gradients were scaled, at most 1; NaN also where the step was not
+            taken.
+        clipped: whether the coefficient was below 1.
+        nonfinite: whether the norm was infinite or NaN.
     """
 
     step: Tensor
