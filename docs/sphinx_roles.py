@@ -24,6 +24,7 @@ class SphinxRoles(griffe.Extension):
     """Rewrites each docstring once, when its object is found."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called by griffe for every module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
