@@ -62,7 +62,8 @@ def built(tmp_path_factory):
 
 def test_the_wheel_holds_both_packages_and_nothing_else(built):
     [wheel] = built.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
     assert names >= IN_WHEEL
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
         "fastrnn",
@@ -72,7 +73,8 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
 
 def test_the_source_distribution_holds_every_file(built):
     [archive] = built.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     assert sources() - names == set()
 
 
@@ -88,7 +90,8 @@ def test_the_version_stands_in_one_place(built):
 @pytest.mark.slow
 def test_the_demo_runs_from_the_wheel_outside_the_checkout(built, tmp_path):
     [wheel] = built.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(tmp_path / "installed")
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
 
     def run(*arguments):

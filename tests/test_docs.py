@@ -21,8 +21,10 @@ import pytest
 import torch
 
 from bench.__main__ import main as bench
+from fastrnn.choosing.environment import SWITCHES
 from fastrnn.recipes import RECIPES
 from fastrnn.recipes.command_line import TOOLS
+from fastrnn_kernels.tiling import CHIPS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -151,6 +153,19 @@ def test_every_page_is_in_the_sites_menu():
     for name in PAGES:
         if name.startswith("docs/"):
             assert f" {name.removeprefix('docs/')}\n" in menu, name
+
+
+def test_the_gpu_guide_has_every_switch():
+    text = PAGES["docs/gpu.md"].read_text()
+    for switch in SWITCHES.values():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{switch.name}`")]
+        assert all(f"`{value}`" in row for value in switch.values), switch.name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_every_chip_is_named(page):
+    text = PAGES[page].read_text()
+    assert [chip for chip in CHIPS if not re.search(rf"\b{chip}\b", text)] == []
 
 
 @pytest.mark.slow
