@@ -874,7 +874,7 @@ class TestOtherPeoplesLoops:
     """The shape of Lightning 2.6's and accelerate 1.15's calls, read from their sources."""
 
     class Module(nn.Linear):
-        """What README shows for a LightningModule."""
+        """What docs/clip.md shows for a LightningModule."""
 
         def configure_gradient_clipping(
             self,
