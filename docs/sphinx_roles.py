@@ -16,8 +16,17 @@ _ROLE = re.compile(r":(?:py:)?(?:class|func|meth|mod|data|attr):`(~?)([^`]+)`")
 _INDENTED = r"((?:[ ]*\n|[ ]{4,}[^\n]*(?:\n|\Z))+)"
 _MATH = re.compile(rf"^\.\. math::\n{_INDENTED}", re.MULTILINE)
 _LITERAL = re.compile(rf"^([^\n.][^\n]*)::\n\n{_INDENTED}", re.MULTILINE)
-# What the site has a page for; other names are set as code.
-_LINKED = re.compile(r"fastrnn\.(LSTM|tune|backends|convert|revert|patched|clip_grad_norm_)$")
+# What the site has a page for; other names are set as code. Where a function has the name of its
+# module, griffe finds the module.
+_LINKED = {
+    "fastrnn.LSTM": "fastrnn.LSTM",
+    "fastrnn.backends": "fastrnn.backends",
+    "fastrnn.clip_grad_norm_": "fastrnn.clip_grad_norm_",
+    "fastrnn.convert": "fastrnn.convert.convert",
+    "fastrnn.explain": "fastrnn.explain.explain",
+    "fastrnn.patched": "fastrnn.convert.patched",
+    "fastrnn.tune": "fastrnn.tune.tune",
+}
 
 
 class SphinxRoles(griffe.Extension):
@@ -43,4 +52,4 @@ def _fenced(language: str, code: str) -> str:
 def _link(found: re.Match[str]) -> str:
     name = found[2]
     shown = name.rpartition(".")[2] if found[1] else name
-    return f"[`{shown}`][{name}]" if _LINKED.match(name) else f"`{shown}`"
+    return f"[`{shown}`][{_LINKED[name]}]" if name in _LINKED else f"`{shown}`"

@@ -77,8 +77,8 @@ def tune(
         rounds: samples of each tile and way; the median counts. Default: 20.
 
     Returns:
-        For the forward launch, then the backward one: the tile, its microseconds, and the same of
-        the rule's tile; then for inference and training the ways and theirs. They are kept in
+        A tile, its microseconds, and the same of the rule's tile, for the forward launch and then
+        the backward one; then the ways and theirs, for inference and training. They are kept in
         ``$XDG_CACHE_HOME/fastrnn``, or ``~/.cache/fastrnn``.
 
     Raises:

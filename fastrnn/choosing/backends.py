@@ -118,7 +118,7 @@ def backends() -> dict[str, str]:
     """What can run here, and why not.
 
     Returns:
-        For each backend ``"available"``, or ``"unavailable: "`` with the reason.
+        By name of the backend, ``"available"``, or ``"unavailable"`` with the reason.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = can_run_triton(device)
