@@ -154,6 +154,16 @@ def test_report_writes_tables_and_plot_between_markers(
     assert readme.read_text() == summary
 
 
+def test_the_pages_hold_what_the_results_say(tmp_path: Path) -> None:
+    names = ("docs/benchmarks.md", "README.md")
+    texts = [(ROOT / name).read_text() for name in names]
+    copies = [tmp_path / Path(name).name for name in names]
+    for copy, text in zip(copies, texts, strict=True):
+        copy.write_text(text)
+    report.write(results_file.RESULTS, *copies)
+    assert [copy.read_text() for copy in copies] == texts
+
+
 def test_report_refuses_an_incomplete_result(command: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "cpu-toy.json").write_text(command[0].read_text())
     with pytest.raises(ValueError, match="holds no complete result"):
