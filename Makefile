@@ -24,7 +24,7 @@ PIP_INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ordinary test-interpreter check format docs dist offline bench gpu clean distclean
+.PHONY: help demo test test-ordinary test-interpreter check format offline bench gpu clean distclean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,22 +55,6 @@ format: $(INSTALLED_DEV) ## Format, and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-docs: $(INSTALLED_DOCS) ## Build the site into site/; a dead link is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
-
-# The wheel is proved where the checkout cannot help it: in an environment of its own, from another folder.
-dist: $(VENV)/bin/python ## Build wheel and sdist into dist/, check them, and train the demo from the wheel
-	$(PIP_INSTALL) build twine
-	rm -rf dist build
-	PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(VENV)/bin/python -m build
-	$(VENV)/bin/python -m twine check --strict dist/*
-	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
-	  $(PYTHON) -m venv "$$away/venv"; \
-	  PIP_DISABLE_PIP_VERSION_CHECK=1 "$$away/venv/bin/python" -m pip install --quiet $(DIST_PIP_ARGS) \
-	    "$$(ls $(CURDIR)/dist/*.whl)[demo]"; \
-	  cd "$$away"; "$$away/venv/bin/python" -m fastrnn vowels --epochs 2; \
-	  "$$away/venv/bin/python" -m fastrnn check
-
 offline: $(INSTALLED_DEV) ## Compile every kind of kernel for four chips, and compare with the snapshots
 	OMP_NUM_THREADS=1 $(PY) -m fastrnn_kernels.offline --jobs $(JOBS) --check kernels/offline_kinds.txt
 	OMP_NUM_THREADS=1 $(PY) -m fastrnn_kernels.offline_norm --jobs $(JOBS) --check kernels/offline_norm.txt
@@ -86,6 +70,23 @@ OUT ?= runs/gpu
 BUDGET ?= 540
 gpu: $(INSTALLED_DEV) ## On a CUDA machine: the GPU's tests and benchmarks, within BUDGET seconds, into OUT
 	$(PY) -m bench gpu --out $(OUT) --budget $(BUDGET) $(ARGS)
+
+.PHONY: docs dist
+docs: $(INSTALLED_DOCS) ## Build the site into site/; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
+# The wheel is proved where the checkout cannot help it: in an environment of its own, from another folder.
+dist: $(VENV)/bin/python ## Build wheel and sdist into dist/, check them, and train the demo from the wheel
+	$(PIP_INSTALL) build twine
+	rm -rf dist build
+	PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
+	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	  $(PYTHON) -m venv "$$away/venv"; \
+	  PIP_DISABLE_PIP_VERSION_CHECK=1 "$$away/venv/bin/python" -m pip install --quiet $(DIST_PIP_ARGS) \
+	    "$$(ls $(CURDIR)/dist/*.whl)[demo]"; \
+	  cd "$$away"; "$$away/venv/bin/python" -m fastrnn vowels --epochs 2; \
+	  "$$away/venv/bin/python" -m fastrnn check
 
 clean: ## Remove builds and caches
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
