@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiler_options import compiler_options
 from .launch import launching
 from .tiling import ceil_div
 
@@ -328,6 +329,7 @@ def bounded_layout(
                 HAS_MASK=mask is not None,
                 HAS_RESETS=has_resets,
                 BLOCK=BLOCK,
+                **compiler_options(),
             )
     falling, order = torch.sort(slots, descending=True, stable=True)
     fits, ranks = empty(1, dtype=torch.bool), empty(S, dtype=torch.int32)
@@ -342,6 +344,7 @@ def bounded_layout(
             *(nothing if enters is None else enters.view(torch.uint8), leaves, B, T, S),
             HAS_RESETS=has_resets,
             BLOCK=BLOCK,
+            **compiler_options(),
         )
         place_rows_kernel[(ceil_div(N, BLOCK),)](
             *(slots, places, begins, counts, batch_sizes, offsets, ranks),
@@ -350,6 +353,7 @@ def bounded_layout(
             HAS_PLACES=has_places,
             HAS_RESETS=has_resets,
             BLOCK=BLOCK,
+            **compiler_options(),
         )
     return BoundedLayout(
         fits[0], batch_sizes, offsets, gather, valid, spread, owner, enters, leaves

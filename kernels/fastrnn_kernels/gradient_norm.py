@@ -36,6 +36,7 @@ import triton
 from torch import Tensor
 
 from . import trust
+from .compiler_options import compiler_options
 from .gradient_kernel import gradient_norm_kernel
 from .gradient_table import COLD, KINDS, Plans
 from .launch import CannotLaunch, launching
@@ -150,13 +151,12 @@ def _is_capturing(device: torch.device) -> bool:
 
 def launch_options(warp_size: int = 32, is_nvidia: bool = True) -> dict[str, object]:
     """The compiler's options. Why cooperative: see Tile.options in tiling.py."""
-    limit = {"maxnreg": MAX_REGISTERS} if is_nvidia else {}
-    return {
-        "num_warps": THREADS // warp_size,
-        "num_stages": 1,
-        "launch_cooperative_grid": True,
-        **limit,
-    }
+    return compiler_options(
+        THREADS // warp_size,
+        num_stages=1,
+        cooperative=True,
+        max_registers=MAX_REGISTERS if is_nvidia else None,
+    )
 
 
 def clip_gradients(

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compiler_options import compiler_options
 from .gradient_kernel import coefficient_of, finite, record_step
 from .gradient_norm import Ring
 from .launch import launching
@@ -108,6 +109,11 @@ class Settled(NamedTuple):
     inverse: Tensor
 
 
+def launch_options(warp_size: int = 32) -> dict[str, object]:
+    """The compiler's options."""
+    return compiler_options(THREADS // warp_size)
+
+
 def settle(
     total_norm: Tensor,
     ring: Ring,
@@ -148,6 +154,6 @@ def settle(
             percentile / 100,
             NONFINITE="zero" if zero_nonfinite else "spare" if spare_nonfinite else "scale",
             BLOCK=BLOCK,
-            num_warps=THREADS // (32 if torch.version.hip is None else 64),
+            **launch_options(32 if torch.version.hip is None else 64),
         )
     return Settled(threshold, coefficient, inverse)

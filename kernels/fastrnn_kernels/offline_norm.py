@@ -33,6 +33,7 @@ from .gradient_kernel import gradient_norm_kernel
 from .gradient_norm import BLOCK_BYTES, COMBINE_BLOCK, THREADS, launch_options
 from .gradient_table import KINDS, PROGRAMS_PER_MULTIPROCESSOR
 from .gradient_threshold import BLOCK as THRESHOLD_BLOCK
+from .gradient_threshold import launch_options as threshold_options
 from .gradient_threshold import threshold_kernel
 from .offline import (
     QUICK_CHIPS,
@@ -174,7 +175,7 @@ def _examine_threshold(case: ThresholdCase) -> NormReport:
         else:
             signature[name] = "i32" if name == "capacity" else "fp32"
     chip = CHIPS[case.chip]
-    options = {"num_warps": THREADS // chip.warp_size}
+    options = threshold_options(chip.warp_size)
     ast = ASTSource(fn=threshold_kernel, signature=signature, constexprs=compiled_in)
     start = time.perf_counter()
     try:

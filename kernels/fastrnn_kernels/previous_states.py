@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiler_options import compiler_options
 from .launch import launching
 from .primitives import last_not_above
 from .tiling import ceil_div
@@ -102,5 +103,6 @@ def previous_states(
             D=D,
             BLOCK_N=BLOCK_N,
             BLOCK_H=BLOCK_H,
+            **compiler_options(),
         )
     return previous

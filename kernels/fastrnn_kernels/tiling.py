@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from .compiler_options import compiler_options
+
 Residency = Literal["whole", "split", "streamed"]
 Pass = Literal["forward", "backward"]
 
@@ -257,14 +259,12 @@ class Tile:
         would wait for ever for the rest; with it, the launch fails. num_stages is 1 because the
         loop over steps must not be pipelined: its loads may not move up past the barrier.
         """
-        cooperative = self.residency != "whole"
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-            "launch_cooperative_grid": cooperative,
-            **limit,
-        }
+        return compiler_options(
+            self.num_warps,
+            num_stages=1,
+            cooperative=self.residency != "whole",
+            max_registers=self.max_registers,
+        )
 
 
 def forward_tile(
