@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastrnn import torch_private
 from fastrnn.clip import clip_grad_norm_
 from fastrnn.lstm import LSTM
 
@@ -206,7 +207,7 @@ def _become(module: nn.RNNBase, new: type[nn.RNNBase]) -> None:
     module.__class__ = new
     if parametrize.is_parametrized(module):
         # The class that torch makes for this module alone, with a property for each tensor.
-        parametrize._inject_new_class(module)
+        torch_private.inject_new_class(module)
         for name in cast(nn.ModuleDict, module.parametrizations):
             setattr(type(module), name, vars(old)[name])
     if issubclass(new, LSTM):

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fastrnn import torch_private
+
 _Shape: TypeAlias = Sequence[int]
 
 
@@ -29,10 +31,7 @@ def teach() -> None:
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    counters = (
-        getattr(mode, "counter", None)
-        for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    )
+    counters = (getattr(mode, "counter", None) for mode in torch_private.dispatch_mode_stack())
     registries = [module.flop_registry]
     registries += [c.flop_registry for c in counters if isinstance(c, module.FlopCounterMode)]
     for registry in registries:
@@ -42,14 +41,16 @@ def teach() -> None:
 
 def _formulas() -> list[tuple[Any, Callable[..., int]]]:
     aten, own = torch.ops.aten, torch.ops.fastrnn
-    return [
-        (aten.mkldnn_rnn_layer, _onednn),
-        (aten.mkldnn_rnn_layer_backward, _onednn_backward),
+    known: list[tuple[Any, Callable[..., int]]] = [
         (aten._cudnn_rnn, _cudnn),
         (aten._cudnn_rnn_backward, _cudnn_backward),
         (own.lstm_layer, _layer),
         (own.lstm_layer_backward, _layer_backward),
     ]
+    if torch_private.has_onednn_lstm:
+        known.append((aten.mkldnn_rnn_layer, _onednn))
+        known.append((aten.mkldnn_rnn_layer_backward, _onednn_backward))
+    return known
 
 
 def _products(rows: _Shape, weights: Sequence[_Shape]) -> int:

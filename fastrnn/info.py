@@ -124,7 +124,9 @@ def _version(package: str) -> str | None:
 def _driver() -> str | None:
     if not gpus() or torch.version.hip is not None:
         return None
-    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    from fastrnn_kernels.torch_private import cuda_driver_version
+
+    version = cuda_driver_version()
     return f"{version // 1000}.{version % 1000 // 10}"
 
 

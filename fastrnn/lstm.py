@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn import torch_private
 from fastrnn.choosing import measured
 from fastrnn.choosing.backends import Backend, check_backend
 from fastrnn.choosing.choose import Choice, choose, dense_on_cpu
@@ -145,11 +146,11 @@ class LSTM(nn.RNNBase):
                 same mistake, its type and words.
             RuntimeError: ``backend="triton"`` cannot run, with the reason.
         """
-        if torch._C._get_tracing_state():  # two calls less than torch.jit.is_tracing
+        if torch_private.tracing_state():
             return self._trace(input, hx, lengths, mask, resets, return_cell_states)
         if issubclass(type(input), Proxy):  # no Tensor, and stands for one
             return self._as_leaf(input, hx, lengths, mask, resets, return_cell_states)
-        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        if not torch.compiler.is_compiling() and torch_private.dispatch_modes():
             teach()  # a counter may be watching
         if lengths is None and mask is None and resets is None and not return_cell_states:
             found = self._dense_on_cpu(input, hx)
@@ -446,7 +447,7 @@ class LSTM(nn.RNNBase):
 
     def _init_flat_weights(self) -> None:
         """Keep parameters only: a computed weight has a history, which deepcopy refuses."""
-        nn.RNNBase._init_flat_weights(self)
+        torch_private.init_flat_weights(self)
         self._flat_weights = [
             weight if isinstance(weight, nn.Parameter) else None for weight in self._flat_weights
         ]

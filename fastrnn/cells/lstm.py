@@ -31,8 +31,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import graph
 from torch.nn import functional
+
+from fastrnn import torch_private
 
 # Elements of a block's gates, [rows, 4H]: 2 MiB in float32, the size of a core's private cache.
 BLOCK_ELEMENTS = 512 * 1024
@@ -463,14 +464,14 @@ def twin_gradients(
 
 
 def _sigmoid_backward(d_output: Tensor, output: Tensor, *, into: Tensor) -> None:
-    if graph._allow_mutation_on_saved_tensors_enabled:  # it knows results named `out` alone
+    if torch_private.saved_tensors_may_change():  # it knows results named `out` alone
         into.copy_(torch.ops.aten.sigmoid_backward(d_output, output))
     else:
         torch.ops.aten.sigmoid_backward.grad_input(d_output, output, grad_input=into)
 
 
 def _tanh_backward(d_output: Tensor, output: Tensor, *, into: Tensor) -> None:
-    if graph._allow_mutation_on_saved_tensors_enabled:
+    if torch_private.saved_tensors_may_change():
         into.copy_(torch.ops.aten.tanh_backward(d_output, output))
     else:
         torch.ops.aten.tanh_backward.grad_input(d_output, output, grad_input=into)

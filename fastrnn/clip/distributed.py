@@ -25,12 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from fastrnn import torch_private
 from fastrnn.clip import gradient_norms
 from fastrnn.clip.gradient_norms import Clipped, Recorder, clip_coefficient
 
-_SHARDED = (Shard, _StridedShard)  # the latter: where FSDP2 shards what tensor parallelism sharded
+_SHARDED = (Shard, torch_private.strided_shard())
 
 
 def why_torch(grads: Sequence[Tensor], norm_type: float) -> str | None:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 # The order of torch's own groups is the order in which it sums norms of mixed dtypes.
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
-
+from fastrnn import torch_private
 from fastrnn.choosing.environment import forced_backend
 from fastrnn.clip.tracing import has_value, values_unknown
 
@@ -190,7 +189,7 @@ def multiply(grads: list[Tensor], found: Clipped, zero_nonfinite: bool) -> None:
         nonfinite = found.total_norm.isfinite().logical_not()
         for grad in grads:
             grad.masked_fill_(nonfinite, 0.0)  # 0 * NaN is NaN
-    for (tensors,), _ in _group_tensors_by_device_and_dtype([grads]).values():  # type: ignore[list-item]
+    for (tensors,), _ in torch_private.group_tensors([grads]).values():  # type: ignore[list-item]
         _multiply_(tensors, found.coefficient)  # type: ignore[arg-type]
 
 
@@ -211,7 +210,7 @@ def _each_norm(
         return stacked, stacked
     norms: list[Tensor] = []
     order: list[int] = []
-    grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[list-item]
+    grouped = torch_private.group_tensors([grads], with_indices=True)  # type: ignore[list-item]
     for (tensors,), indices in grouped.values():
         norms += tensor_norms(tensors, norm_type, norm_dtype=norm_dtype)  # type: ignore[arg-type]
         order += indices
@@ -246,7 +245,7 @@ def scale_gradients(
         return torch.ones_like(total_norm) if scaled_by is None else scaled_by
     coefficient = clip_coefficient(total_norm, max_norm, zero_nonfinite)
     nonfinite = total_norm.isfinite().logical_not() if zero_nonfinite else None
-    grouped = _group_tensors_by_device_and_dtype([grads])  # type: ignore[list-item]
+    grouped = torch_private.group_tensors([grads])  # type: ignore[list-item]
     for (device, _), ((tensors,), _) in grouped.items():
         _multiply_(tensors, coefficient.to(device))  # type: ignore[arg-type]
         if nonfinite is not None:  # 0 * NaN is NaN
@@ -302,7 +301,7 @@ def cpu_groups(grads: list[Tensor]) -> list[list[Tensor]] | None:
         return None
     if len(set(map(_dtype, grads))) == 1:
         return [grads]
-    groups = _group_tensors_by_device_and_dtype([grads])  # type: ignore[list-item]
+    groups = torch_private.group_tensors([grads])  # type: ignore[list-item]
     return [tensors for (tensors,), _ in groups.values()]  # type: ignore[misc]
 
 
@@ -326,8 +325,8 @@ def tensor_norms(
     if foreach is False:  # differs in the words for an empty gradient's inf norm
         return [torch.linalg.vector_norm(g, norm_type, dtype=wider) for g in grads]
     if wider is None:
-        return torch._foreach_norm(grads, norm_type)
-    return torch._foreach_norm(grads, norm_type, dtype=wider)
+        return torch_private.foreach_norm(grads, norm_type)
+    return torch_private.foreach_norm(grads, norm_type, dtype=wider)
 
 
 def _long_norm(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -370,7 +369,7 @@ def scale_cpu_groups_(
 def _multiply_(grads: list[Tensor], coefficient: Tensor) -> None:
     """Multiply gradients of one device and dtype in place."""
     try:
-        torch._foreach_mul_(grads, coefficient)
+        torch_private.foreach_mul_(grads, coefficient)
     except RuntimeError:
         # Before it does anything it refuses what is negated or conjugated only when it is read.
         if not any(grad.is_neg() or grad.is_conj() for grad in grads):

@@ -12,7 +12,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from fastrnn import torch_private
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -20,10 +21,10 @@ R = TypeVar("R")
 
 
 _is_compiling = torch.compiler.is_compiling
-_is_tracing = torch._C._is_tracing
-_functorch_level = torch._C._functorch.maybe_current_level
-_modes = torch._C._len_torch_dispatch_stack
-_modes_before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch
+_is_tracing = torch_private.is_tracing
+_functorch_level = torch_private.functorch_level
+_modes = torch_private.dispatch_modes
+_modes_before_dispatch = torch_private.dispatch_modes_before
 
 
 def is_recorded() -> bool:
@@ -47,7 +48,7 @@ def has_value(tensor: Tensor) -> bool:
 
 def _stand_ins() -> set[str]:
     """The modes in force under which tensors stand for others: FAKE, PROXY, FUNCTIONAL."""
-    keys = (getattr(mode, "_mode_key", None) for mode in _get_current_dispatch_mode_stack())
+    keys = (getattr(mode, "_mode_key", None) for mode in torch_private.dispatch_mode_stack())
     return {key.name for key in keys if key is not None}
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from fastrnn import torch_private
 from fastrnn.input.transforms import under_functorch, unwrapped
 
 Lengths: TypeAlias = Tensor | Sequence[int]
@@ -91,7 +92,7 @@ def assert_within(lengths: Tensor, steps: int, own: Tensor | None = None) -> Non
     whole = lengths if compiling else unwrapped(lengths)  # vmap has no rule for the assertion
     fits = ((whole >= 0) & (whole <= most)).all()
     limit = "T the steps of the input" if own is None else "T the input's own lengths"
-    torch._assert_async(fits, f"lengths must lie in [0, T], {limit}")
+    torch_private.assert_async(fits, f"lengths must lie in [0, T], {limit}")
 
 
 def _check_within(values: Sequence[int], own: Sequence[int]) -> None:

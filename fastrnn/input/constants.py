@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastrnn import torch_private
 from fastrnn.input.transforms import under_functorch
 
 _Make = TypeVar("_Make", bound=Callable[..., Tensor])
@@ -22,7 +23,7 @@ _Make = TypeVar("_Make", bound=Callable[..., Tensor])
 
 def inside_a_mode() -> bool:
     """Whether a dispatch mode or a functorch transform sees what is computed."""
-    return torch._C._len_torch_dispatch_stack() > 0 or under_functorch()
+    return torch_private.dispatch_modes() > 0 or under_functorch()
 
 
 def constant(maxsize: int) -> Callable[[_Make], _Make]:
@@ -35,7 +36,7 @@ def constant(maxsize: int) -> Callable[[_Make], _Make]:
     def decorate(make: _Make) -> _Make:
         @functools.lru_cache(maxsize)
         def kept(*args: Hashable) -> Tensor:
-            with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            with torch.inference_mode(False), torch_private.DisableTorchFunction():
                 return make(*args)
 
         @functools.wraps(make)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor
 
+from fastrnn import torch_private
 from fastrnn.input.packing import Addressing, PackedLayout, Steps, ThereAndBack
 
 _log = logging.getLogger("fastrnn")
@@ -42,7 +42,9 @@ def bounded_layout(
         _log.warning("torch's operations stand in for the kernels of the layout: %s", error)
         return None
     if lengths is not None:
-        torch._assert_async(found.fits, "lengths must lie in [0, T], T the steps of the input")
+        torch_private.assert_async(
+            found.fits, "lengths must lie in [0, T], T the steps of the input"
+        )
     layout = PackedLayout(
         form.batch * form.steps,
         found.owner.shape[0],

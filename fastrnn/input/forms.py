@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn import torch_private
 from fastrnn.input.arguments import host_values
 from fastrnn.input.blanking import blank_, blanked
 from fastrnn.input.packing import (
@@ -174,7 +175,7 @@ def _sizes_of(x: PackedSequence) -> tuple[int, ...] | None:
 
     nn.LSTM takes data that have more rows, and computes with some of them.
     """
-    if is_traced(x.batch_sizes) or torch._C._get_tracing_state():
+    if is_traced(x.batch_sizes) or torch_private.tracing_state():
         return None
     if x.batch_sizes.dtype.is_floating_point or x.batch_sizes.dim() != 1:
         raise ValueError(

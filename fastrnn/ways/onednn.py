@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastrnn import torch_private
 from fastrnn.cells import lstm as lstm_cell
 from fastrnn.cells.lstm import LayerWeights
 from fastrnn.input.blanking import blank_
@@ -39,8 +40,8 @@ _LSTM_MODE = 2  # the number of the LSTM in the operator's interface
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it, and oneDNN may use them."""
-    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return has and torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = torch_private.has_avx512_bfloat16() or torch_private.has_amx()
+    return has and torch_private.has_mkldnn and torch_private.onednn_multiplies_bfloat16()
 
 
 @functools.cache
@@ -59,8 +60,8 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
         device == CPU
         and dtype in (torch.float32, torch.bfloat16)
         and compute_dtype(dtype) == dtype
-        and torch._C._has_mkldnn
-        and torch._C._get_mkldnn_enabled()
+        and torch_private.has_onednn_lstm
+        and torch_private.mkldnn_enabled()
     )
 
 

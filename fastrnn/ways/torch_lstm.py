@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastrnn import torch_private
 from fastrnn.input.packing import PackedLayout
 from fastrnn.input.transforms import have_own_class, vectorized
 from fastrnn.ways.recurrence import (
@@ -250,10 +251,10 @@ def layer_backward(
 @contextlib.contextmanager
 def _autograd_in_an_operator() -> Iterator[None]:
     """Autograd, which the dispatcher leaves out while it runs an operator of torch.library."""
-    key = torch._C.DispatchKey
+    key = torch_private.DispatchKey
     with contextlib.ExitStack() as stack:
         for part in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(part, False))
+            stack.enter_context(torch_private.ExcludeDispatchKey(part, False))
         stack.enter_context(torch.enable_grad())
         yield
 
@@ -276,7 +277,7 @@ def _run_layer(
 
 def _torch_differentiates(x: Tensor, train: bool) -> bool:
     """Whether torch's graph is enough: on the CPU its backward has a derivative too."""
-    return x.device == CPU or not train or torch._C._get_tracing_state() is not None
+    return x.device == CPU or not train or torch_private.tracing_state() is not None
 
 
 def _states(
@@ -313,7 +314,7 @@ def _weights(flat: Sequence[Tensor], dtype: torch.dtype, stack: Stack) -> list[T
     gates, input_size = own[0].shape
     projected = own[-1].shape[0] if stack.projection else 0
     with torch.no_grad():  # it moves the tensors, and changes no number
-        torch._cudnn_rnn_flatten_weight(
+        torch_private.cudnn_to_one_chunk(
             own,
             len(own) // (stack.num_layers * stack.directions),
             input_size,
@@ -332,7 +333,7 @@ def _wants_one_chunk(weight: Tensor) -> bool:
     return (
         weight.is_cuda
         and torch.backends.cudnn.is_acceptable(weight)
-        and torch._use_cudnn_rnn_flatten_weight()
+        and torch_private.cudnn_wants_one_chunk()
     )
 
 
@@ -399,7 +400,7 @@ class _Differentiable(torch.autograd.Function):
                     )
                 return (None, None, *differentiate(ctx.composite, d_outputs, inputs, needs))
             leaves, outputs = ctx.graph
-            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            keep = torch_private.keeps_graph()
             if not keep:
                 del ctx.graph
             reached = [index for index, gradient in enumerate(d_outputs) if gradient is not None]

@@ -230,7 +230,8 @@ def check_norm(
     places = [torch.empty_like(grad) for grad in grads]  # the order of a sum hangs on alignment
 
     def launch() -> Tensors:
-        torch._foreach_copy_(places, grads)
+        for place, grad in zip(places, grads, strict=True):
+            place.copy_(grad)
         found = clip_gradients(places, max_norm, norm_type, programs=programs, **options)
         kept = {"total_norm": found.total_norm, "coefficient": found.coefficient}
         return kept | {f"gradient {i}": values.clone() for i, values in enumerate(places)}

@@ -33,6 +33,7 @@ from .kept_store import KeptStore
 from .launch import CannotLaunch
 from .tile_store import SOURCES
 from .tiling import CHIPS, Chip, Tile
+from .torch_private import cuda_driver_version
 
 CheckMode = Literal["0", "first", "always"]
 
@@ -285,7 +286,7 @@ def _machine(device: torch.device) -> str:
     """The GPU and its driver, as a verdict's key has them."""
     if device.type != "cuda":
         return device.type
-    driver = torch.version.hip or torch._C._cuda_getDriverVersion()
+    driver = torch.version.hip or cuda_driver_version()
     return f"{torch.cuda.get_device_name(device)}/{driver}"
 
 

@@ -32,6 +32,7 @@ from .tiling import (
     forward_tile,
     parts_of,
 )
+from .torch_private import keep_busy
 
 Launch = Callable[[Tile], object]
 Timer = Callable[[Callable[[], object]], float]
@@ -70,7 +71,7 @@ def gpu_timer(device: torch.device) -> Timer:
     def microseconds(launch: Callable[[], object]) -> float:
         with torch.cuda.device(device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(BUSY_CYCLES)
+            keep_busy(BUSY_CYCLES)
             begin.record()
             launch()
             end.record()
