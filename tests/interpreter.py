@@ -9,9 +9,10 @@ that nobody will ever end is reported as a `Deadlock`, with who waits for what.
     with cooperative(RandomOrder(seed=3)):
         kernel[grid](...)
 
-It also mends two things of Triton's interpreter that would blur a comparison: `tl.dot` of bfloat16
-(it multiplies the bit patterns as integers), and rounding to bfloat16 (not to nearest even; it can
-lose a carry).
+It also mends three things of Triton's interpreter that would blur a comparison: `tl.dot` of
+bfloat16 (it multiplies the bit patterns as integers), rounding to bfloat16 (not to nearest even; it
+can lose a carry), and comparisons (the result keeps the operands' type, so that a broadcast makes
+integers of it, which are no mask to Triton 3.9).
 
 Limits: memory is sequentially consistent here and stores become visible at once, in program order.
 A missing acquire or release cannot show; the offline gate looks for them in the machine code.
@@ -38,6 +39,28 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
+
+# All that is used here, or by tests through here, of what Triton promises to nobody. No other file
+# imports Triton's interpreter; test_interpreter.py says which are gone.
+RELIED_ON = {
+    "GridExecutor": ("__call__", "_init_args_hst", "_restore_args_dev"),
+    "InterpreterBuilder": (
+        "binary_op",
+        "cast_impl",
+        "create_atomic_cas",
+        "create_atomic_rmw",
+        "create_dot",
+        "create_masked_load",
+        "create_masked_store",
+        "set_grid_dim",
+        "set_grid_idx",
+    ),
+    "TensorHandle": (),
+    "interpreter_builder": ("options",),
+    "_implicit_cvt": (),
+    "_interpreter": ("load",),
+    "_patch_lang": (),
+}
 
 # A program that polled this often while nothing changed anywhere is waiting, not merely slow to
 # look.
@@ -267,6 +290,7 @@ def cooperative(
     original_call = executor.__call__
     original_rmw, original_cas = builder.create_atomic_rmw, builder.create_atomic_cas
     original_cast, original_dot = builder.cast_impl, builder.create_dot
+    original_binary = builder.binary_op
     original_patch = triton_interpreter._patch_lang
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> None:
@@ -329,6 +353,12 @@ def cooperative(
         product = np.matmul(_float32_of(a), _float32_of(b), dtype=c.data.dtype)
         return triton_interpreter.TensorHandle(product + c.data, c.dtype.scalar)
 
+    def binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        result = original_binary(self, left, right, operation)
+        if result.data.dtype == np.bool_:
+            return triton_interpreter.TensorHandle(result.data, tl.int1)
+        return result
+
     instance = triton_interpreter.interpreter_builder
     original_options = instance.options
     # A check of each integer operation that costs a third of the time; sizes here are small.
@@ -336,6 +366,7 @@ def cooperative(
     executor.__call__ = call
     builder.create_atomic_rmw, builder.create_atomic_cas = rmw, cas
     builder.cast_impl, builder.create_dot = cast, dot
+    builder.binary_op = binary
     try:
         yield trace
     finally:
@@ -343,3 +374,4 @@ def cooperative(
         executor.__call__ = original_call
         builder.create_atomic_rmw, builder.create_atomic_cas = original_rmw, original_cas
         builder.cast_impl, builder.create_dot = original_cast, original_dot
+        builder.binary_op = original_binary

@@ -8,7 +8,7 @@ import torch
 import fastrnn
 from fastrnn.operators import lstm_layer_backward_op, lstm_layer_op
 from fastrnn.ways import onednn
-from tests.oracle import every_path, forced, make_state
+from tests.oracle import every_path, forced, make_state, opchecks
 
 I, H = 3, 5
 
@@ -48,6 +48,7 @@ with_cell_states = pytest.mark.parametrize(
 every_memory = pytest.mark.parametrize("memory", ["save", "recompute"])
 
 
+@opchecks
 @with_cell_states
 @every_memory
 def test_opcheck_forward_for_training(case, cell_states, memory):
@@ -55,12 +56,14 @@ def test_opcheck_forward_for_training(case, cell_states, memory):
     torch.library.opcheck(lstm_layer_op, arguments)
 
 
+@opchecks
 @with_cell_states
 def test_opcheck_forward_for_inference(case, cell_states):
     arguments = (*operands(grad=False, **case), cell_states, False, "auto", "save")
     torch.library.opcheck(lstm_layer_op, arguments)
 
 
+@opchecks
 @with_cell_states
 @every_memory
 def test_opcheck_backward(case, cell_states, memory):

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrnn_kernels import gradient_norm as gradient_norm_module
-from tests.interpreter import Schedule, cooperative
-
-from triton.runtime import interpreter as triton_interpreter  # isort: skip
+from tests.interpreter import Schedule, cooperative, triton_interpreter
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 GUARD = 3.0  # what lies around a gradient, and must stay
@@ -120,7 +118,7 @@ def watched(grads: Sequence[Tensor]) -> Iterator[Accesses]:
     accesses = Accesses()
 
     def record(pointers: Any, mask: Any, into: list[tuple[int, int]] | None) -> None:
-        wanted = mask.data.astype(bool)  # Triton keeps some conditions as integers
+        wanted = mask.data
         if not wanted.any():
             return
         first = int(pointers.data[wanted].flat[0])

@@ -40,10 +40,10 @@ BROKEN = {
         "tl.atomic_add(partials_ptr + segment, partial)",
         "floating-point atomics",
     ),
-    "a sum for each element": (
-        KERNEL,
-        "SUMS: tl.constexpr = BLOCK_BYTES // 4",
-        "SUMS: tl.constexpr = BLOCK",
+    "blocks too large for the registers": (
+        NORM,
+        "BLOCK_BYTES = 16_384",
+        "BLOCK_BYTES = 32_768",
         "a block is used before it is loaded as a whole",
     ),
 }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.interpreter import (
+    RELIED_ON,
     Deadlock,
     RandomOrder,
     RoundRobin,
     Schedule,
     cooperative,
     schedules,
+    triton_interpreter,
 )
 
 import triton  # isort: skip
@@ -53,6 +57,43 @@ def product_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     product = tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets))
     tl.store(c_ptr + offsets, product.to(c_ptr.dtype.element_ty))
+
+
+@triton.jit
+def compared_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    """A mask that one number decides about: the comparison is broadcast."""
+    lanes = tl.arange(0, N)
+    mask = (lanes < N) & (tl.load(x_ptr) < 3)
+    tl.store(out_ptr + lanes, lanes + 1, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner in RELIED_ON for name in ("", *RELIED_ON[owner])]
+)
+def test_triton_has_what_the_cooperative_interpreter_relies_on(owner: str, name: str) -> None:
+    found = getattr(triton_interpreter, owner, None)
+    complaint = (
+        f"triton {triton.__version__} has no triton.runtime.interpreter.{owner} {name}: see what "
+        "has taken its place, and mend tests/interpreter.py"
+    )
+    assert found is not None, complaint
+    assert not name or hasattr(found, name), complaint
+
+
+def test_no_other_file_imports_tritons_interpreter() -> None:
+    folder = Path(__file__).parents[1]
+    files = {
+        path for path in folder.rglob("*.py") if "triton.runtime import int" in path.read_text()
+    }
+    assert files - {Path(__file__)} == {folder / "interpreter.py"}
+
+
+@pytest.mark.parametrize("value", [2, 3])
+def test_a_comparison_is_a_condition_also_when_it_is_broadcast(value: int) -> None:
+    out = torch.zeros(4, dtype=torch.int32)
+    with cooperative():
+        compared_kernel[(1,)](torch.tensor([value], dtype=torch.int32), out, N=4)
+    assert out.tolist() == ([1, 2, 3, 4] if value < 3 else [0] * 4)
 
 
 @pytest.mark.parametrize("schedule", schedules(), ids=str)
@@ -99,9 +140,8 @@ def test_products_and_rounding_are_torch_s(dtype: torch.dtype) -> None:
 
 
 def test_the_interpreter_is_left_as_it_was() -> None:
-    from triton.runtime import interpreter
-
-    names = ("create_atomic_rmw", "create_atomic_cas", "cast_impl", "create_dot")
+    interpreter = triton_interpreter
+    names = RELIED_ON["InterpreterBuilder"]
     before = [getattr(interpreter.InterpreterBuilder, name) for name in names]
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
     with pytest.raises(ZeroDivisionError), cooperative():

@@ -29,6 +29,7 @@ from tests.oracle import (
     assert_identical,
     everything,
     make_state,
+    opchecks,
     oracle,
     padded,
     valid_steps,
@@ -284,6 +285,7 @@ def _flatten(result):
     return out, h_n, c_n
 
 
+@opchecks
 @pytest.mark.parametrize("save", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("memory", ["save", "recompute"])
 def test_opcheck(memory: str, save: bool) -> None:
