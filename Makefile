@@ -24,7 +24,7 @@ PIP_INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ordinary test-interpreter check format offline bench gpu clean distclean
+.PHONY: help demo test test-ordinary test-interpreter check format compat offline bench gpu clean distclean
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ check: $(INSTALLED_DEV) ## Lint, check the format and the types
 format: $(INSTALLED_DEV) ## Format, and mend what ruff can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+TORCH ?= 2.15.0
+compat: ## Run all tests that need no GPU with torch TORCH (and triton TRITON), installed for this run alone
+	PYTHON=$(PYTHON) JOBS=$(JOBS) .ci/compat $(TORCH) $(TRITON)
 
 offline: $(INSTALLED_DEV) ## Compile every kind of kernel for four chips, and compare with the snapshots
 	OMP_NUM_THREADS=1 $(PY) -m fastrnn_kernels.offline --jobs $(JOBS) --check kernels/offline_kinds.txt
