@@ -61,7 +61,7 @@ def test_loss_falls_on_real_words(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # 20 s alone; CI shares its cores
+@pytest.mark.timeout(300)  # other processes share the cores
 def test_error_rate_is_below_a_quarter_after_16_000_words(tmp_path: Path) -> None:
     tenth = tmp_path / "tenth.dict"
     tenth.write_text("\n".join(read_text(DICTIONARY).splitlines()[::10]))

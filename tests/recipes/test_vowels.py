@@ -47,7 +47,7 @@ def test_loss_falls_on_the_real_data(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # 20 s alone; CI shares its cores
+@pytest.mark.timeout(300)  # other processes share the cores
 def test_default_settings_name_96_of_100_speakers(tmp_path: Path) -> None:
     assert vowels.run(vowels.Settings(out=tmp_path)) >= 0.96
 
