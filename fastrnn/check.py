@@ -1,9 +1,9 @@
 """`python -m fastrnn check`: every kind of computation against torch's, on this machine.
 
 First the ways that are plain PyTorch, on the CPU, against ``nn.LSTM`` in float64. Then, on each
-GPU, the kernels: each dtype, precision, direction, residency of the weights and kind of launch, and
-the clip's; each is compiled if it was not before. A kernel's verdict is kept, so that no program
-has to make the check again.
+GPU, the kernels: each dtype, precision, direction, residency of the weights and kind of launch, the
+clip's, and those that make layouts and previous states; each is compiled if it was not before. A
+kernel's verdict is kept, so that no program has to make the check again.
 
 Limits: the small problems of fastrnn_kernels/checking.py; they say that this chip, driver and
 compiler give right results, not how fast.
@@ -12,6 +12,7 @@ compiler give right results, not how fast.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -193,7 +194,7 @@ def kinds(device: torch.device, hidden_sizes: Sequence[int]) -> list[Variant]:
     from fastrnn_kernels.gradient_norm import NORMS
     from fastrnn_kernels.launch import InputPrecision, precision_of
     from fastrnn_kernels.tiling import Chip, backward_tile, forward_tile
-    from fastrnn_kernels.trust import NormVariant, RecurrenceVariant
+    from fastrnn_kernels.trust import HelperVariant, NormVariant, RecurrenceVariant
 
     chip = Chip.of(device)
     found: dict[Variant, None] = {}
@@ -218,6 +219,21 @@ def kinds(device: torch.device, hidden_sizes: Sequence[int]) -> list[Variant]:
             if dtype == torch.float32:
                 options = (*options, ("norm_dtype", torch.float32))
             found[NormVariant(device, norm_type, (dtype,), options)] = None
+            if norm_type == 2.0:
+                options = (*options, ("record", True))
+                found[NormVariant(device, norm_type, (dtype,), options)] = None
+    for dtype in KERNEL_DTYPES:
+        for nonfinite in ("scale", "zero", "spare"):
+            options = (("norm_dtype", dtype), ("nonfinite", nonfinite))
+            found[HelperVariant("threshold", device, options)] = None
+        for H, D in itertools.product(hidden_sizes, (1, 2)):
+            options = (("H", H), ("D", D), ("dtype", dtype))
+            found[HelperVariant("previous", device, options)] = None
+    names = ("has_lengths", "has_mask", "has_resets", "time_major")
+    for given in itertools.product((False, True), repeat=4):
+        if any(given[:3]):
+            options = tuple(zip(names, given, strict=True))
+            found[HelperVariant("layout", device, options)] = None
     return list(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
@@ -81,8 +82,16 @@ def test_every_kind_of_kernel_is_among_those_that_are_checked() -> None:
             assert {each.input_precision for each in of_dtype} == precisions
             residencies = {each.tile.residency for each in of_dtype}
             assert residencies == {"whole", "split", "streamed"}
-    norms = [each for each in found if each not in recurrences]
+    norms = [each for each in found if type(each).__name__ == "NormVariant"]
     assert {each.norm_type for each in norms} == {1.0, 2.0, float("inf")}
+    recorded = {each.dtypes for each in norms if ("record", True) in each.options}
+    assert recorded == {(dtype,) for dtype in KERNEL_DTYPES}
+    helpers = [each for each in found if type(each).__name__ == "HelperVariant"]
+    assert Counter(each.which for each in helpers) == {
+        "threshold": len(KERNEL_DTYPES) * 3,
+        "previous": len(KERNEL_DTYPES) * len(check_module.HIDDEN_SIZES) * 2,
+        "layout": 2**4 - 2,
+    }
 
 
 def test_a_gpu_s_kernels_are_checked_and_failures_decide_the_status(

@@ -102,8 +102,7 @@ def limit_multiprocessors(n: int | None) -> None:
     ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` the driver reports, and needs no limit here.
 
     Args:
-        n: how many, for all GPUs of this process; None for all that there are. Call it before the
-            first use of a kernel: gradients that were clipped before keep their grid.
+        n: how many, for all GPUs of this process; None for all that there are.
 
     Raises:
         ValueError: ``n`` is not positive.

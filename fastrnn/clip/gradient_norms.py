@@ -140,10 +140,6 @@ def _clip_by_kernel(
     return Clipped(*found)._replace(recorded=ring is not None)
 
 
-# Devices and variants of its kernel. To try again at each step would cost a compilation each time.
-_refused_thresholds: set[tuple[object, ...]] = set()
-
-
 def settle_by_kernel(
     found: Clipped,
     percentile: float,
@@ -164,9 +160,6 @@ def settle_by_kernel(
     module = importlib.import_module("fastrnn_kernels.gradient_threshold")
     from fastrnn_kernels.launch import CannotLaunch
 
-    variant = found.total_norm.device, found.total_norm.dtype, zero_nonfinite, spare_nonfinite
-    if variant in _refused_thresholds:
-        return None
     try:
         settled = module.settle(
             found.total_norm,
@@ -176,9 +169,8 @@ def settle_by_kernel(
             zero_nonfinite=zero_nonfinite,
             spare_nonfinite=spare_nonfinite,
         )
-    except CannotLaunch as error:
-        _refused_thresholds.add(variant)
-        _log.warning("a percentile of norms is found by torch's operations: %s", error)
+    except CannotLaunch as error:  # which was warned of, and is remembered
+        _log.info("a percentile of norms is found by torch's operations: %s", error)
         return None
     return found._replace(coefficient=settled.coefficient, inverse=settled.inverse, recorded=True)
 

@@ -21,7 +21,7 @@ _log = logging.getLogger("fastrnn")
 def bounded_layout(
     form: Addressing, lengths: Tensor | None, mask: Tensor | None, resets: Tensor | None
 ) -> PackedLayout | None:
-    """The bounded layout of a padded batch; None where the GPU refuses a launch, which is logged.
+    """The bounded layout of a padded batch; None where its kernels are not used.
 
     Args:
         form: the input's form, with at least one step and sequence.
@@ -38,8 +38,8 @@ def bounded_layout(
             time_major=form.time_major,
             device=form.device,
         )
-    except CannotLaunch as error:
-        _log.warning("torch's operations stand in for the kernels of the layout: %s", error)
+    except CannotLaunch as error:  # which was warned of, and is remembered
+        _log.info("torch's operations stand in for the kernels of the layout: %s", error)
         return None
     if lengths is not None:
         torch_private.assert_async(

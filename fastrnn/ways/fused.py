@@ -93,7 +93,8 @@ class FusedCall(NamedTuple):
                 f'backend="triton" cannot run: {error}. Use backend="auto", which takes the '
                 "fastest that can."
             ) from error
-        _log.warning("the PyTorch step loop stands in for the Triton kernels: %s", error)
+        # It was warned of, and is remembered: `choosing` takes another way from the next call on.
+        _log.info("the PyTorch step loop stands in for the Triton kernels: %s", error)
 
 
 def input_precision() -> Literal["tf32", "tf32x3"]:

@@ -21,6 +21,7 @@ import triton.language as tl
 from .compiler_options import compiler_options
 from .launch import launching
 from .tiling import ceil_div
+from .trust import HelperVariant, trusting
 
 BLOCK = 1024
 
@@ -284,6 +285,7 @@ def bounded_layout(
     *,
     time_major: bool,
     device: torch.device,
+    trusted: bool = False,
 ) -> BoundedLayout:
     """The layout of a padded batch, without a synchronisation.
 
@@ -295,13 +297,21 @@ def bounded_layout(
         resets: before which steps the state is zeroed, likewise. None: before none.
         time_major: whether the flattened input is [T, B], or else [B, T].
         device: where all of it is.
+        trusted: whether the caller answers for the kernels; else they are checked first (trust.py).
 
     Returns:
         See :class:`BoundedLayout`. Where `fits` is False the rest is within bounds, and wrong.
 
     Raises:
-        CannotLaunch: the GPU refuses a launch.
+        CannotLaunch: a compiler, the driver or the GPU refuses a launch, or the kernels have failed
+            their check (nothing was computed).
+        NotChecked: a CUDA graph is being captured, and they have not been checked before.
     """
+    variant = None
+    if not trusted:
+        given = {"lengths": lengths, "mask": mask, "resets": resets}
+        has = [(f"has_{name}", flags is not None) for name, flags in given.items()]
+        variant = HelperVariant("layout", device, (*has, ("time_major", time_major)))
     B, T, N = batch, steps, batch * steps
     has_resets = resets is not None
     has_places = mask is not None or has_resets
@@ -321,7 +331,7 @@ def bounded_layout(
         slots = empty(S)
         flags = [nothing if flag is None else flag.view(torch.uint8) for flag in (mask, resets)]
         strides = [(0, 0) if flag is None else flag.stride() for flag in (mask, resets)]
-        with launching(slots):
+        with trusting(variant), launching(slots):
             find_segments_kernel[(B,)](
                 slots if lengths is None else lengths,
                 *(*flags, places, begins, counts, keeps, slots, T, *strides[0], *strides[1]),
@@ -337,7 +347,7 @@ def bounded_layout(
     enters = empty(2, S, dtype=torch.bool) if has_resets else None
     leaves = empty(2 if has_resets else 1, B)
     gather, valid, spread = empty(N), empty(N, 1, dtype=torch.bool), empty(N)
-    with launching(slots):
+    with trusting(variant), launching(slots):
         rank_sequences_kernel[(ceil_div(S, BLOCK),)](
             *(falling, order, begins, counts, keeps, fits.view(torch.uint8)),
             *(batch_sizes, offsets, ranks, owner),

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .reference import Rows, reference
+from .reference import Rows, reference, reference_layout, reference_previous
 from .tiling import Chip, Tile, with_batch_programs
 
 STEPS = 5
@@ -81,9 +81,8 @@ class Recurrence(NamedTuple):
     @staticmethod
     def make(tile: Tile, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Recurrence:
         """One that fills a batch tile and begins another."""
-        S = tile.BLOCK_B + 3
-        rows = Rows(tuple(STEPS - (STEPS + 1) * s // S for s in range(S)), STEPS)
-        N = rows.N + SPARE_ROWS
+        rows = _ragged(tile.BLOCK_B + 3)
+        S, N = len(rows.lengths), rows.N + SPARE_ROWS
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -204,13 +203,13 @@ def check_norm(
     Args:
         norm_type: the order of the norm.
         dtypes: of the gradients.
-        options: of `gradient_norm.clip_gradients`.
+        options: of `gradient_norm.clip_gradients`; "record" for a ring of its own.
         device: of the gradients.
 
     Raises:
         CannotLaunch: it is refused.
     """
-    from .gradient_norm import clip_gradients
+    from .gradient_norm import Ring, clip_gradients
     from .gradient_table import PROGRAMS_PER_MULTIPROCESSOR
 
     programs = Chip.of(device).multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
@@ -227,13 +226,26 @@ def check_norm(
     scaled = [grad.double() * (0.5 if options.get("scale", True) else 1.0) for grad in grads]
     exact |= {f"gradient {i}": values for i, values in enumerate(scaled)}
 
+    record = options.get("record", False)
+    options = {name: value for name, value in options.items() if name != "record"}
+    if record:  # the second row of two, by what its four steps before were
+        values = exact["total_norm"], exact["total_norm"] / 2, exact["coefficient"]
+        exact |= _recorded(
+            torch.stack((torch.zeros_like(values[0]).expand(3), torch.stack(values)))
+        )
+        exact["counts"] = torch.tensor([4.0, 1.0, 0.0], device=device, dtype=torch.float64)
     places = [torch.empty_like(grad) for grad in grads]  # the order of a sum hangs on alignment
 
     def launch() -> Tensors:
         for place, grad in zip(places, grads, strict=True):
             place.copy_(grad)
-        found = clip_gradients(places, max_norm, norm_type, programs=programs, **options)
+        ring = None
+        if record:
+            ring = Ring(torch.zeros(2, 3, device=device), torch.tensor([3, 1, 1], device=device))
+        found = clip_gradients(places, max_norm, norm_type, programs=programs, ring=ring, **options)
         kept = {"total_norm": found.total_norm, "coefficient": found.coefficient}
+        if ring is not None:
+            kept |= {**_recorded(ring.rows), "counts": ring.counts}
         return kept | {f"gradient {i}": values.clone() for i, values in enumerate(places)}
 
     first, second = launch(), launch()
@@ -243,6 +255,129 @@ def check_norm(
         relative = max(relative, *(torch.finfo(dtype).eps for dtype in dtypes))
     low = {name: values * (1 + relative) for name, values in exact.items()}
     return _compare(first, second, exact, low, max(torch.finfo(dtype).eps / 2 for dtype in dtypes))
+
+
+def check_threshold(norm_dtype: torch.dtype, nonfinite: str, device: torch.device) -> str | None:
+    """What is wrong with the kernel of a clip's threshold; None where nothing is.
+
+    Args:
+        norm_dtype: of the present norm.
+        nonfinite: what one that is not finite does: "scale", "zero" or "spare".
+        device: of the norms.
+
+    Raises:
+        CannotLaunch: it is refused.
+    """
+    from .gradient_norm import Ring
+    from .gradient_threshold import BLOCK, settle
+
+    capacity = (
+        BLOCK + 101
+    )  # a full ring of an odd number of finite norms: the median is between two
+    generator = torch.Generator(device).manual_seed(0)
+    norms = torch.randn(capacity, generator=generator, device=device).abs()
+    norms[3], norms[BLOCK + 5] = math.nan, math.inf
+    counts = torch.tensor([capacity + 7, 2, 1], device=device)
+    finite = norms[norms.isfinite()]
+    total = finite.max().to(norm_dtype)
+    threshold = torch.cat((finite, total.float().view(1))).double().quantile(0.5)
+    coefficient = threshold / (total.double() + 1e-6)
+    exact = {"threshold": threshold, "coefficient": coefficient, "inverse": 1 / coefficient}
+    exact |= _recorded(torch.stack((total.double(), threshold, coefficient)).view(1, 3))
+    exact["counts"] = (counts + torch.tensor([1, 0, -1], device=device)).double()
+    low = dict(exact)
+    for name in ("coefficient", "inverse", "recorded coefficient"):  # rounded at three steps
+        low[name] = exact[name] * (1 + 2 * torch.finfo(norm_dtype).eps)
+
+    def launch() -> Tensors:
+        ring = Ring(norms.unsqueeze(1).expand(-1, 3).contiguous(), counts.clone())
+        found = settle(
+            *(total, ring, 50.0, 1e30),
+            zero_nonfinite=nonfinite == "zero",
+            spare_nonfinite=nonfinite == "spare",
+            trusted=True,
+        )
+        return {**found._asdict(), **_recorded(ring.rows[7:8]), "counts": ring.counts}
+
+    return _compare(launch(), launch(), exact, low, 4 * torch.finfo(torch.float32).eps)
+
+
+def check_layout(
+    has_lengths: bool, has_mask: bool, has_resets: bool, time_major: bool, device: torch.device
+) -> str | None:
+    """What is wrong with the kernels of a layout; None where nothing is.
+
+    Args:
+        has_lengths: whether there are lengths.
+        has_mask: whether there is a mask.
+        has_resets: whether there are resets.
+        time_major: the order of the input.
+        device: of all of them.
+
+    Raises:
+        CannotLaunch: one is refused.
+    """
+    from .bounded_layout import BLOCK, bounded_layout
+
+    B, T = 3, BLOCK + 30
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([T - 7, 0, T])
+    mask = torch.rand(B, T, generator=generator) < 0.8
+    resets = torch.rand(B, T, generator=generator) < 0.1
+    resets[0, 0], resets[2] = True, False  # no h_0; a segment longer than a block
+    valid = torch.arange(T) < lengths.unsqueeze(1) if has_lengths else torch.ones(B, T).bool()
+    valid = valid & mask if has_mask else valid
+    flags = resets.tolist() if has_resets else None
+    exact = reference_layout(valid.tolist(), flags, time_major=time_major)
+    given = [
+        values.to(device) if has else None
+        for values, has in ((lengths, has_lengths), (mask, has_mask), (resets, has_resets))
+    ]
+
+    def launch() -> Tensors:
+        found = bounded_layout(B, T, *given, time_major=time_major, device=device, trusted=True)
+        return {name: values for name, values in found._asdict().items() if values is not None}
+
+    exact = {name: values.double().to(device) for name, values in exact.items()}
+    return _compare(launch(), launch(), exact, exact, 0.0)
+
+
+def check_previous(H: int, D: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with the kernel of the previous states; None where nothing is.
+
+    Args:
+        H: hidden units.
+        D: directions.
+        dtype: of the states.
+        device: of the states.
+
+    Raises:
+        CannotLaunch: it is refused.
+    """
+    from .previous_states import BLOCK_N, previous_states
+
+    rows = _ragged(BLOCK_N + 3)
+    generator = torch.Generator(device).manual_seed(0)
+    h, h_0 = (
+        torch.randn(shape, generator=generator, device=device).to(dtype)
+        for shape in ((rows.N + SPARE_ROWS, D, H), (D, len(rows.lengths), H))
+    )
+    h[rows.N :] = math.nan
+    steps = rows.batch_sizes.to(device), rows.offsets.to(device)
+    exact = {"previous": reference_previous(h, h_0, rows).double()}
+    first, second = ({"previous": previous_states(h, h_0, *steps, trusted=True)} for _ in range(2))
+    return _compare(first, second, exact, exact, 0.0)
+
+
+def _ragged(S: int) -> Rows:
+    """S sequences of 0 to STEPS steps."""
+    return Rows(tuple(STEPS - (STEPS + 1) * s // S for s in range(S)), STEPS)
+
+
+def _recorded(rows: torch.Tensor) -> Tensors:
+    """The columns of a ring, each to be held against its own size."""
+    names = "recorded norm", "recorded threshold", "recorded coefficient"
+    return dict(zip(names, rows.unbind(1), strict=True))
 
 
 def _steps(problem: Recurrence) -> tuple[torch.Tensor, torch.Tensor]:

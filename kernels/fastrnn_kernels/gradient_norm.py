@@ -35,11 +35,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import trust
 from .compiler_options import compiler_options
 from .gradient_kernel import gradient_norm_kernel
 from .gradient_table import COLD, KINDS, Plans
-from .launch import CannotLaunch, launching
+from .launch import CannotLaunch, assert_no_spill, launching
 from .trust import NormVariant, norm_refusal, trusting
 
 THREADS = 256
@@ -229,12 +228,14 @@ def clip_gradients(
     if norm_dtype is None:
         norm_dtype = functools.reduce(torch.promote_types, plan.dtypes).to_real()
     variant = None
-    if programs is None and trust._needs_trust(device):  # what is recorded is not checked by itself
+    if programs is None:
         options: dict[str, object] = {"scale": scale, "zero_nonfinite": zero_nonfinite}
         if spare_nonfinite:
             options["spare_nonfinite"] = True
         if not rounds:
             options["norm_dtype"] = torch.float32
+        if ring is not None:
+            options["record"] = True
         kinds = tuple(sorted(plan.dtypes & KINDS.keys(), key=str)) or (torch.float32,)
         variant = NormVariant(device, norm_type, kinds, tuple(options.items()))
     other_grads = [grads[i] for i in plan.others]
@@ -250,7 +251,7 @@ def clip_gradients(
         if other_grads:
             other_norms = _norms_by_torch(other_grads, norm_type, norm_dtype, rounds)
         nvidia = torch.version.hip is None
-        gradient_norm_kernel[(plan.programs,)](
+        compiled = gradient_norm_kernel[(plan.programs,)](
             table,
             floats,
             other_norms,
@@ -276,6 +277,7 @@ def clip_gradients(
             COMBINE_BLOCK=COMBINE_BLOCK,
             **launch_options(32 if nvidia else 64, nvidia),
         )
+    assert_no_spill(compiled)
     if scale:
         torch.autograd.graph.increment_version(own_grads)
         for grad in other_grads:

@@ -333,9 +333,11 @@ def _key(grads: Sequence[Tensor], programs: int | None) -> tuple[object, ...]:
     layouts = None
     if not all(map(Tensor.is_contiguous, grads)):
         layouts = (*map(_shape, grads), *map(Tensor.stride, grads))
+    device = grads[0].device
     return (
         programs,
-        grads[0].device,
+        device,
+        Chip.of(device).multiprocessors,  # a limit may have come since
         tuple(map(Tensor.numel, grads)),
         tuple(map(_dtype, grads)),
         layouts,

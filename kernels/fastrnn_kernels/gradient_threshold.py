@@ -20,13 +20,14 @@ from torch import Tensor
 from .compiler_options import compiler_options
 from .gradient_kernel import coefficient_of, finite, record_step
 from .gradient_norm import Ring
-from .launch import launching
+from .launch import assert_no_spill, launching
+from .trust import HelperVariant, trusting
 
 BLOCK = 1024
 THREADS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def threshold_kernel(
     rows_ptr,  # [capacity, 3] float32: norm, threshold and coefficient of the latest steps
     counts_ptr,  # [3] int64: see record_step
@@ -122,6 +123,7 @@ def settle(
     *,
     zero_nonfinite: bool = False,
     spare_nonfinite: bool = False,
+    trusted: bool = False,
 ) -> Settled:
     """Finds the threshold of a step and records it, in one launch, without a synchronisation.
 
@@ -133,16 +135,24 @@ def settle(
         max_norm: the largest threshold.
         zero_nonfinite: whether the coefficient of a norm that is not finite is 0.
         spare_nonfinite: whether such a coefficient is recorded as NaN.
+        trusted: whether the caller answers for the kernel; else it is checked first (trust.py).
 
     Raises:
         fastrnn_kernels.launch.CannotLaunch: a compiler, the driver or the GPU refuses it (nothing
             was recorded).
+        fastrnn_kernels.trust.NotChecked: a CUDA graph is being captured, and this kernel has not
+            been checked before.
     """
+    nonfinite = "zero" if zero_nonfinite else "spare" if spare_nonfinite else "scale"
+    variant = None
+    if not trusted:
+        options = (("norm_dtype", total_norm.dtype), ("nonfinite", nonfinite))
+        variant = HelperVariant("threshold", total_norm.device, options)
     floats = torch.empty(2, dtype=torch.float32, device=total_norm.device)
     threshold, inverse = floats.unbind()
     coefficient = torch.empty_like(total_norm)
-    with launching(total_norm):
-        threshold_kernel[(1,)](
+    with trusting(variant), launching(total_norm):
+        compiled = threshold_kernel[(1,)](
             ring.rows,
             ring.counts,
             total_norm,
@@ -152,8 +162,9 @@ def settle(
             len(ring.rows),
             float(max_norm),
             percentile / 100,
-            NONFINITE="zero" if zero_nonfinite else "spare" if spare_nonfinite else "scale",
+            NONFINITE=nonfinite,
             BLOCK=BLOCK,
             **launch_options(32 if torch.version.hip is None else 64),
         )
+    assert_no_spill(compiled)
     return Settled(threshold, coefficient, inverse)

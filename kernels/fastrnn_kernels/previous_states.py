@@ -15,6 +15,7 @@ from .compiler_options import compiler_options
 from .launch import launching
 from .primitives import last_not_above
 from .tiling import ceil_div
+from .trust import HelperVariant, trusting
 
 BLOCK_N = 32
 MOST_UNITS = 128  # of a program: with 32 rows 32 numbers a thread
@@ -72,7 +73,12 @@ def previous_states_kernel(
 
 
 def previous_states(
-    h: torch.Tensor, h_0: torch.Tensor, batch_sizes: torch.Tensor, offsets: torch.Tensor
+    h: torch.Tensor,
+    h_0: torch.Tensor,
+    batch_sizes: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    trusted: bool = False,
 ) -> torch.Tensor:
     """The state before each row, in one launch on the current stream.
 
@@ -81,12 +87,15 @@ def previous_states(
         h_0: initial hidden states, contiguous [D, S, H].
         batch_sizes: active sequences of each step, never growing [T], int64.
         offsets: first row of each step [T], int64.
+        trusted: whether the caller answers for the kernel; else it is checked first (trust.py).
 
     Returns:
         [D, N, H], zero in rows beyond the valid ones; h_0 where a sequence begins.
 
     Raises:
-        CannotLaunch: the GPU refuses the launch.
+        CannotLaunch: a compiler, the driver or the GPU refuses it, or a kernel of such a layer has
+            failed its check (nothing was computed).
+        NotChecked: a CUDA graph is being captured, and this kernel has not been checked before.
     """
     N, D, H = h.shape
     S, T = h_0.shape[1], batch_sizes.shape[0]
@@ -96,7 +105,11 @@ def previous_states(
     if T == 0:
         return previous.zero_()
     BLOCK_H = min(MOST_UNITS, triton.next_power_of_2(H))
-    with launching(h):
+    variant = None
+    if not trusted:
+        options = (("H", H), ("D", D), ("dtype", h.dtype))
+        variant = HelperVariant("previous", h.device, options)
+    with trusting(variant), launching(h):
         previous_states_kernel[(ceil_div(N, BLOCK_N), ceil_div(H, BLOCK_H), D)](
             *(h, h_0, batch_sizes, offsets, previous, N, S, T),
             H=H,

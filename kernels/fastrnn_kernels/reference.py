@@ -1,4 +1,4 @@
-"""The recurrence over packed rows in plain PyTorch, any dtype: what the kernels are held against.
+"""What the kernels compute, in plain PyTorch, any dtype: what they are held against.
 
 By the tests, and on a user's GPU before a kernel is trusted (checking.py). One row range after
 another, with nothing in common with the kernels but the equations. tests/kernels compare it with
@@ -7,7 +7,7 @@ nn.LSTM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,3 +98,77 @@ def reference(
         torch.stack(gate_rows, dim=1),
         torch.stack(c_rows, dim=1),
     )
+
+
+def reference_previous(h: torch.Tensor, h_0: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The state before each row [D, N, H], as `previous_states.previous_states` has it."""
+    N, D, H = h.shape
+    sizes, offsets = rows.batch_sizes.tolist(), rows.offsets.tolist()
+    found = h.new_zeros(D, N, H)
+    for t, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        for d, before in enumerate((t - 1, t + 1)[:D]):
+            known = min(size, sizes[before]) if 0 <= before < rows.T else 0
+            found[d, offset : offset + size] = h_0[d, :size]
+            if known:
+                source = offsets[before]
+                found[d, offset : offset + known] = h[source : source + known, d]
+    return found
+
+
+def reference_layout(
+    valid: Sequence[Sequence[bool]], resets: Sequence[Sequence[bool]] | None, *, time_major: bool
+) -> dict[str, torch.Tensor]:
+    """The layout of a padded batch, step by step on the host.
+
+    Args:
+        valid: which steps are [B][T].
+        resets: before which the state is zeroed [B][T].
+        time_major: whether the flattened input is [T, B], or else [B, T].
+
+    Returns:
+        The fields of `bounded_layout.BoundedLayout`, but for those that are None.
+    """
+    B, T = len(valid), len(valid[0])
+    N, slots_each = B * T, 1 if resets is None else T
+    slots: list[list[int]] = [[] for _ in range(B * slots_each)]  # the places of their steps
+    last_slots, keeps = [], []
+    for b in range(B):
+        count = begin = 0
+        reset, keeps_h_0 = False, True
+        for t in range(T):
+            reset |= resets is not None and resets[b][t]
+            if valid[b][t]:
+                begin = count if reset else begin
+                keeps_h_0 &= count > 0 or not reset
+                slots[b * slots_each + begin].append(t * B + b if time_major else b * T + t)
+                count, reset = count + 1, False
+        last_slots.append(b * slots_each + begin)
+        keeps.append(keeps_h_0)
+    order = sorted(range(len(slots)), key=lambda slot: -len(slots[slot]))
+    active, sizes, places = [slots[slot] for slot in order], [], []
+    for t in range(T):
+        while active and len(active[-1]) <= t:
+            active.pop()
+        sizes.append(len(active))
+        places += [steps[t] for steps in active]
+    used, batch_sizes = len(places), torch.tensor(sizes)
+    spread = torch.full((N,), N - 1)
+    spread[places] = torch.arange(used)
+    ranks = torch.tensor(order).argsort()
+    first_slots, last = torch.arange(B) * slots_each, torch.tensor(last_slots)
+    found = {
+        "fits": torch.tensor(True),
+        "batch_sizes": batch_sizes,
+        "offsets": batch_sizes.cumsum(0) - batch_sizes,
+        "gather": torch.tensor(places + [0] * (N - used)),
+        "valid": (torch.arange(N) < used).unsqueeze(1),
+        "spread": spread,
+        "owner": torch.tensor(order) // slots_each,
+        "leaves": ranks[last].unsqueeze(0),
+    }
+    if resets is not None:
+        enters = torch.zeros(2, len(slots), dtype=torch.bool)
+        enters[0, ranks[first_slots]] = torch.tensor(keeps)
+        enters[1, ranks[last]] = True
+        found |= {"enters": enters, "leaves": torch.stack((ranks[last], ranks[first_slots]))}
+    return found

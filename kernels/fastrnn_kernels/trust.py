@@ -123,7 +123,46 @@ class NormVariant(NamedTuple):
         return f"norm-{self.norm_type}/{dtypes}/{options}"
 
 
-Variant = RecurrenceVariant | NormVariant
+class HelperVariant(NamedTuple):
+    """A kernel around the others, as it is compiled; one of those that wait for nobody.
+
+    Attributes:
+        which: "threshold" of clips, "layout", or "previous" states.
+        device: of the tensors.
+        options: of its check in checking.py, as pairs.
+    """
+
+    which: Literal["threshold", "layout", "previous"]
+    device: torch.device
+    options: tuple[tuple[str, Any], ...]
+
+    def compiled(self) -> HelperVariant:
+        """Itself."""
+        return self
+
+    def check(self) -> str | None:
+        """See checking.py."""
+        checks: dict[str, Callable[..., str | None]] = {
+            "threshold": checking.check_threshold,
+            "layout": checking.check_layout,
+            "previous": checking.check_previous,
+        }
+        return checks[self.which](**dict(self.options), device=self.device)
+
+    def layer(self) -> Hashable:
+        """The layer's own where its backward needs the kernel; else the device."""
+        device = _with_index(self.device)
+        if self.which == "previous":
+            options = dict(self.options)
+            return (device, options["dtype"], options["H"], options["D"])
+        return (self.which, device)
+
+    def __str__(self) -> str:
+        options = (f"{name}={value}".replace("torch.", "") for name, value in self.options)
+        return "/".join((self.which, *options))
+
+
+Variant = RecurrenceVariant | NormVariant | HelperVariant
 
 
 def _verdict_from(entry: Any) -> str | None:
@@ -132,7 +171,10 @@ def _verdict_from(entry: Any) -> str | None:
     return entry
 
 
-_CHECKED = ("launch.py", "gradient_kernel.py", "gradient_norm.py", "checking.py", "reference.py")
+_CHECKED = (
+    *("launch.py", "checking.py", "reference.py", "bounded_layout.py", "previous_states.py"),
+    *("gradient_kernel.py", "gradient_norm.py", "gradient_table.py", "gradient_threshold.py"),
+)
 verdicts: KeptStore[str | None] = KeptStore(
     "verdicts", "verdicts of checks", "let them be made again", SOURCES + _CHECKED, _verdict_from
 )
@@ -235,7 +277,9 @@ def check_now(variant: Variant) -> str | None:
     except CannotLaunch as error:
         return _refuse(variant, str(error))
     except torch.OutOfMemoryError:  # for now: it is tried again
-        return f"there is no memory on {device} to check the kernel {compiled} with"
+        reason = f"there is no memory on {device} to check the kernel {compiled} with"
+        _log.warning("another way takes over for now: %s", reason)
+        return reason
     except BarrierTimeout:
         reason = "its programs have waited for each other in vain"
     verdicts.add({_key(compiled): reason})

@@ -15,6 +15,8 @@ from fastrnn.input.device_layout import bounded_layout
 from fastrnn.input.forms import Padded
 from fastrnn.input.packing import PackedLayout, ragged_layout
 from fastrnn_kernels import bounded_layout as kernels
+from fastrnn_kernels import trust
+from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import RandomOrder, cooperative
 from tests.kernels.launches import on_kernels
 from tests.oracle import answer, assert_agree, everything, make_state, padded, valid_steps
@@ -133,6 +135,19 @@ def test_a_length_that_does_not_fit_is_seen_where_the_lengths_are(
     resets = flags(1, 0.3) if form_of == "resets" else None
     with pytest.raises(RuntimeError, match=r"lengths must lie in \[0, T\]"):
         by_kernels(form(True), torch.tensor(wrong), mask, resets)
+
+
+def test_where_its_kernels_are_refused_there_is_none_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing = mock.Mock(side_effect=CannotLaunch("no C compiler"))
+    monkeypatch.setattr(kernels, "launching", refusing)
+    trust.forget()
+    for _ in range(3):
+        assert bounded_layout(form(True), torch.tensor(LENGTHS), None, None) is None
+    trust.forget()
+    assert refusing.call_count == 1
+    assert caplog.text.count("no C compiler") == 1
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (1, 20), (20, 1)])

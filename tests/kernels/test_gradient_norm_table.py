@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -21,6 +22,7 @@ from fastrnn_kernels.gradient_table import (
     partition,
     share_out,
 )
+from fastrnn_kernels.tiling import CHIPS, Chip
 
 INT32 = 2**31
 
@@ -83,6 +85,16 @@ def test_a_small_example() -> None:
         Segment(2, 0, 1),
     ]
     assert shares == [0, 1, 2, 4]
+
+
+def test_a_plan_does_not_outlive_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans, grads = Plans(), [torch.ones(2**20)]
+    chip = CHIPS["sm_90"]
+    for multiprocessors in (8, 3, 8):
+        limited = dataclasses.replace(chip, multiprocessors=multiprocessors)
+        monkeypatch.setattr(Chip, "of", staticmethod(lambda device, limited=limited: limited))
+        assert plans.locate(grads)[0].programs == 2 * multiprocessors
+    assert len(plans.plans) == 2
 
 
 def test_a_table_is_what_the_kernel_reads() -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -15,10 +16,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn.choosing import backends
+from fastrnn.choosing import choose as choosing
 from fastrnn.choosing.choose import Choice
+from fastrnn.choosing.request import Request
 from fastrnn.input.packing import ragged_layout
+from fastrnn.ways import fused
 from fastrnn_kernels import lstm_backward as backward_module
 from fastrnn_kernels import lstm_forward as forward_module
+from fastrnn_kernels import previous_states as previous_module
 from fastrnn_kernels import trust
 from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import Schedule, schedules
@@ -348,7 +353,7 @@ def test_a_launch_that_the_gpu_refuses_is_taken_over_by_the_loop(
         on_kernels(),
         mock.patch("fastrnn.lstm.choose", chosen),
         mock.patch.object(module, refused, side_effect=error),
-        caplog.at_level(logging.WARNING, logger="fastrnn"),
+        caplog.at_level(logging.INFO, logger="fastrnn"),
     ):
         found = everything(by_lengths, lstm, x, hx)
     assert "too many blocks" in caplog.text
@@ -365,6 +370,42 @@ def test_a_launch_that_the_gpu_refuses_is_an_error_where_the_kernels_were_asked_
         pytest.raises(RuntimeError, match="cannot run: cuda:0 refused the launch"),
     ):
         by_lengths(lstm, x, hx)
+
+
+@pytest.mark.parametrize(
+    "module", [forward_module, backward_module, previous_module], ids=["forward", "backward", "h'"]
+)
+def test_after_a_refused_launch_the_step_loop_ends_the_call_and_torch_takes_the_next(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lstm = make(bidirectional=True)
+    lstm.backend = "auto"
+    x, hx = problem(lstm)
+    ways = []
+
+    def choose(asked: Request) -> Choice:
+        choice = choosing.choose(asked)
+        ways.append(choice.way)
+        return choice
+
+    refusing = mock.Mock(side_effect=CannotLaunch("too many blocks in cooperative launch"))
+    monkeypatch.setattr(module, "launching", refusing)
+    monkeypatch.setattr(choosing, "_on_cpu", choosing._on_gpu)
+    monkeypatch.setattr(choosing, "KERNEL_STEPS", 0)
+    passes = "steps_forward" if module is forward_module else "steps_backward"
+    loop = mock.Mock(wraps=getattr(fused, passes))
+    monkeypatch.setattr(fused, passes, loop)
+    trust.forget()
+    with on_kernels(), mock.patch("fastrnn.lstm.choose", choose):
+        found = [everything(by_lengths, lstm, x, hx) for _ in range(3)]
+    trust.forget()
+    assert ways == ["triton", "torch", "torch"]
+    assert loop.call_count == refusing.call_count == 1
+    expected = answer(lstm, x, hx, valid=valid_steps(LENGTHS, T))
+    for each in found:
+        assert_agree(each, expected)
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert ["too many blocks" in record.getMessage() for record in warned] == [True]
 
 
 @pytest.mark.parametrize("failing", ["check_forward", "check_backward"])

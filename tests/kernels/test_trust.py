@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,15 @@ from unittest import mock
 import pytest
 import torch
 
-from fastrnn_kernels import gradient_norm, lstm_backward, lstm_forward, trust
+from fastrnn_kernels import (
+    bounded_layout,
+    gradient_norm,
+    gradient_threshold,
+    lstm_backward,
+    lstm_forward,
+    previous_states,
+    trust,
+)
 from fastrnn_kernels.failed_waits import BarrierTimeout
 from fastrnn_kernels.launch import CannotLaunch
 from fastrnn_kernels.tiling import CHIPS, Chip
@@ -57,23 +66,52 @@ def backward(given: Problem | None = None) -> None:
         lstm_backward.lstm_backward(**backward_inputs(given or problem()))
 
 
-def clip() -> None:
+def ring() -> gradient_norm.Ring:
+    return gradient_norm.Ring(torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64))
+
+
+def clip(**options) -> None:
     with cooperative():
-        gradient_norm.clip_gradients(several(torch.float32).grads, 1.0)
+        gradient_norm.clip_gradients(several(torch.float32).grads, 1.0, **options)
+
+
+def recorded_clip() -> None:
+    clip(ring=ring())
+
+
+def threshold(**options) -> None:
+    with cooperative():
+        gradient_threshold.settle(torch.tensor(2.0), ring(), 50.0, 1.0, **options)
+
+
+def layout(**flags) -> None:
+    with cooperative():
+        given = {"lengths": torch.tensor([2, 4]), "mask": None, "resets": None} | flags
+        bounded_layout.bounded_layout(2, 4, **given, time_major=True, device=CPU)
+
+
+def previous(given: Problem | None = None) -> None:
+    given = given or problem()
+    gates_x, _, h_0, _ = given.inputs()
+    h = gates_x[..., : given.H].contiguous()
+    with cooperative():
+        steps = given.rows.batch_sizes, given.rows.offsets
+        previous_states.previous_states(h, h_0, *steps)
 
 
 @pytest.fixture
 def checks() -> Iterator[mock.Mock]:
     """The checks of all kernels; all pass."""
     passes = mock.Mock(return_value=None)
-    with mock.patch.multiple(
-        trust.checking, check_forward=passes, check_backward=passes, check_norm=passes
-    ):
+    names = ("forward", "backward", "norm", "threshold", "layout", "previous")
+    with mock.patch.multiple(trust.checking, **{f"check_{name}": passes for name in names}):
         yield passes
 
 
 every_kernel = pytest.mark.parametrize(
-    "call", [forward, backward, clip], ids=["forward", "backward", "clip"]
+    "call",
+    [forward, backward, clip, recorded_clip, threshold, layout, previous],
+    ids=lambda call: call.__name__,
 )
 
 
@@ -114,6 +152,40 @@ def test_each_variant_is_checked(checks: mock.Mock) -> None:
     assert checks.call_count == 18
     forward(input_precision="tf32")
     assert checks.call_count == 19
+
+
+def test_each_variant_around_the_layers_is_checked(checks: mock.Mock) -> None:
+    flags = torch.ones(2, 4, dtype=torch.bool)
+    calls = [
+        *(clip, recorded_clip, threshold, layout, previous),
+        lambda: threshold(spare_nonfinite=True),
+        lambda: layout(mask=flags),
+        lambda: layout(resets=flags),
+        lambda: previous(problem(D=2)),
+        lambda: previous(problem(torch.bfloat16)),
+    ]
+    for count, call in enumerate(calls, start=1):
+        for _ in range(2):
+            call()
+            assert checks.call_count == count
+    assert len(trust.verdicts.findings()) == len(calls)
+
+
+def test_a_layer_is_not_used_without_its_previous_states(checks: mock.Mock) -> None:
+    checks.return_value = "previous is off by 3, where 0 is allowed"
+    with pytest.raises(CannotLaunch):
+        previous()
+    assert "previous is off by 3" in trust.refusal(CPU, torch.float32, 6, 1)
+    assert trust.refusal(CPU, torch.float32, 6, 2) is None
+
+
+@pytest.mark.parametrize("call", [threshold, layout], ids=lambda call: call.__name__)
+def test_no_layer_is_refused_for_a_kernel_that_it_can_do_without(call, checks: mock.Mock) -> None:
+    checks.return_value = "wrong"
+    with pytest.raises(CannotLaunch):
+        call()
+    assert trust.refusal(CPU, torch.float32, 6, 1) is None
+    assert gradient_norm.can_run(several(torch.float32).grads) is None
 
 
 def test_the_number_of_sequences_makes_no_other_variant(checks: mock.Mock) -> None:
@@ -161,7 +233,8 @@ def test_a_refusal_of_a_launch_is_remembered(
     """Also where nothing is checked."""
     monkeypatch.setenv("FASTRNN_CHECK", "0")
     refusing = mock.Mock(side_effect=CannotLaunch("too many blocks in cooperative launch"))
-    for module in (lstm_forward, lstm_backward, gradient_norm):
+    recurrence = (lstm_forward, lstm_backward, previous_states)
+    for module in (*recurrence, gradient_norm, gradient_threshold, bounded_layout):
         monkeypatch.setattr(module, "launching", refusing)
     for _ in range(3):
         with pytest.raises(CannotLaunch, match="too many blocks"):
@@ -170,10 +243,11 @@ def test_a_refusal_of_a_launch_is_remembered(
     assert caplog.text.count("too many blocks") == 1
 
 
-def test_full_memory_is_no_verdict(checks: mock.Mock) -> None:
+def test_full_memory_is_no_verdict(checks: mock.Mock, caplog: pytest.LogCaptureFixture) -> None:
     checks.side_effect = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(CannotLaunch, match="no memory on cpu to check"):
         forward()
+    assert "no memory on cpu to check" in caplog.text
     checks.side_effect = None
     forward()
     assert checks.call_count == 2
@@ -262,8 +336,29 @@ def test_the_kernels_pass(residency: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtypes", [(dtype,) for dtype in DTYPES] + [tuple(DTYPES)], ids=str)
 def test_the_clips_kernel_passes(dtypes: tuple[torch.dtype, ...], norm_type: float) -> None:
     with cooperative():
-        for options in ({}, {"norm_dtype": torch.float32}, {"scale": False}):
+        for options in ({}, {"norm_dtype": torch.float32}, {"scale": False}, {"record": True}):
             assert trust.checking.check_norm(norm_type, dtypes, options, CPU) is None
+
+
+@pytest.mark.parametrize("nonfinite", ["scale", "zero", "spare"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_thresholds_kernel_passes(dtype: torch.dtype, nonfinite: str) -> None:
+    with cooperative():
+        assert trust.checking.check_threshold(dtype, nonfinite, CPU) is None
+
+
+@pytest.mark.parametrize("given", [*itertools.product((False, True), repeat=4)][2:], ids=str)
+def test_the_layouts_kernels_pass(given: tuple[bool, bool, bool, bool]) -> None:
+    with cooperative():
+        assert trust.checking.check_layout(*given, CPU) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [1, 2])
+def test_the_previous_states_kernel_passes(D: int, dtype: torch.dtype) -> None:
+    with cooperative():
+        for H in (6, 130):
+            assert trust.checking.check_previous(H, D, dtype, CPU) is None
 
 
 MUTANTS = {
@@ -283,6 +378,30 @@ MUTANTS = {
         ("gradient_kernel.py", "tl.sum(values, axis=0)", "tl.max(values, axis=0)"),
         ("gradient_kernel.py", "(values.to(tl.float32) * coefficient)", "values.to(tl.float32)"),
     ],
+    "record": [
+        ("gradient_kernel.py", "tl.store(row_ptr + 1, max_norm)", "tl.store(row_ptr + 1, total)"),
+        ("gradient_kernel.py", "steps % capacity * 3", "steps // capacity * 0"),
+        ("gradient_kernel.py", "(tl.load(counts_ptr + 2) + 1) * nonfinite", "nonfinite + 1"),
+    ],
+    "threshold": [
+        ("gradient_threshold.py", "rank = place.to(tl.int32)", "rank = place.to(tl.int32) + 1"),
+        ("gradient_threshold.py", "(bits >= 0) & (bits < LARGEST)", "(bits >= 0)"),
+        ("gradient_threshold.py", "(place - rank.to(tl.float32))", "0.0"),
+        ("gradient_threshold.py",
+         "total, threshold, coefficient, is_finite", "total, max_norm, coefficient, is_finite"),
+    ],
+    "layout": [
+        ("bounded_layout.py", "resets - reset, last_resets", "resets, last_resets"),
+        ("bounded_layout.py", "(first & keeps)", "first"),
+        ("bounded_layout.py", "total += tl.sum(size, 0)", "total += 0"),
+        ("bounded_layout.py", "tl.where(valid, row, N - 1)", "row"),
+    ],
+    "previous": [
+        ("previous_states.py", "before = step - 1 + 2 * direction", "before = step - 1"),
+        ("previous_states.py", "tl.where(known[:, None], h, h_0)", "h"),
+        ("previous_states.py", "known = used & active", "known = used"),
+        ("previous_states.py", "used = row < valid", "used = row < N"),
+    ],
 }  # fmt: skip
 
 
@@ -298,8 +417,15 @@ def test_a_wrong_kernel_fails(which: str, change: tuple[str, str, str]) -> None:
             reason = checking.check_forward(tile, 6, 2, torch.float32, "tf32x3", "gates", CPU)
         elif which == "backward":
             reason = checking.check_backward(tile, 6, 2, torch.float32, "tf32x3", True, CPU)
+        elif which == "threshold":
+            reason = checking.check_threshold(torch.float32, "scale", CPU)
+        elif which == "layout":
+            reason = checking.check_layout(True, True, True, False, CPU)
+        elif which == "previous":
+            reason = checking.check_previous(6, 2, torch.float32, CPU)
         else:
-            reason = checking.check_norm(2.0, (torch.float32,), {}, CPU)
+            options = {"record": True} if which == "record" else {}
+            reason = checking.check_norm(2.0, (torch.float32,), options, CPU)
     assert reason is not None
     assert "is allowed" in reason
 
