@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn.clip import clip_grad_norm as clip
 from fastrnn.clip import gradient_norms
-from fastrnn_kernels import gradient_norm, gradient_threshold
+from fastrnn_kernels import gradient_norm, gradient_threshold, trust
 from fastrnn_kernels.launch import CannotLaunch
 from tests.interpreter import RandomOrder, RunAhead, Schedule, cooperative
 from tests.kernels.gradient_problems import (
@@ -257,6 +257,30 @@ def test_a_percentile_is_at_most_three_launches(nonfinite: str, into: bool) -> N
     assert started == [KERNEL, THRESHOLD_KERNEL, *scaled]
 
 
+def recorded(
+    by_kernel: bool, into: bool, nonfinite: str, percentile: float | None
+) -> tuple[object, tuple[int, int], int, list[Tensor]]:
+    """The history, counts and gradients (or parameters) of six steps."""
+    parameters = parameters_with([random(40), random(9, seed=1)])
+    optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
+    clipper = fastrnn.GradientClipper(
+        parameters, 3.0, nonfinite=nonfinite, history=4, percentile=percentile
+    )
+    for step in range(6):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = random(*parameter.shape, seed=index + step, scale=0.3 * step)
+        if step in (2, 5):
+            parameters[0].grad[7] = math.nan
+        with on_kernel() if by_kernel else contextlib.nullcontext():
+            if into:
+                clipper.clip_into(optimizer)
+                optimizer.step()
+            else:
+                clipper.clip()
+    grads = [p.detach() if into else p.grad for p in parameters]
+    return clipper.history(), clipper._ring.counts(), clipper._ring._counts[2], grads
+
+
 @pytest.mark.parametrize("percentile", [None, 30.0])
 @pytest.mark.parametrize("nonfinite", ["keep", "skip", "zero"])
 @pytest.mark.parametrize("into", [False, True], ids=["clip", "clip_into"])
@@ -266,24 +290,21 @@ def test_the_kernel_records_what_torchs_operations_would(
     if into and nonfinite == "zero":
         pytest.skip("a fused step cannot zero gradients")
 
-    def steps(by_kernel: bool) -> tuple[object, tuple[int, int], int, list[Tensor]]:
-        parameters = parameters_with([random(40), random(9, seed=1)])
-        optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
-        clipper = fastrnn.GradientClipper(
-            parameters, 3.0, nonfinite=nonfinite, history=4, percentile=percentile
-        )
-        for step in range(6):
-            for index, parameter in enumerate(parameters):
-                parameter.grad = random(*parameter.shape, seed=index + step, scale=0.3 * step)
-            if step in (2, 5):
-                parameters[0].grad[7] = math.nan
-            with on_kernel() if by_kernel else contextlib.nullcontext():
-                if into:
-                    clipper.clip_into(optimizer)
-                    optimizer.step()
-                else:
-                    clipper.clip()
-        grads = [p.detach() if into else p.grad for p in parameters]
-        return clipper.history(), clipper._ring.counts(), clipper._ring._counts[2], grads
+    options = (into, nonfinite, percentile)
+    both = recorded(True, *options), recorded(False, *options)
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7, equal_nan=True)
 
-    torch.testing.assert_close(steps(True), steps(False), rtol=1e-6, atol=1e-7, equal_nan=True)
+
+def test_a_refused_threshold_is_torchs_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing = mock.Mock(side_effect=CannotLaunch("no C compiler"))
+    monkeypatch.setattr(gradient_threshold, "launching", refusing)
+    trust.forget()
+    history, counts, _, grads = recorded(True, False, "keep", 30.0)
+    trust.forget()
+    expected_history, expected_counts, _, expected = recorded(False, False, "keep", 30.0)
+    both = (history, counts, grads), (expected_history, expected_counts, expected)
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-7, equal_nan=True)
+    assert refusing.call_count == 1
+    assert caplog.text.count("no C compiler") == 1

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
-from fastrnn_kernels import launch
+from fastrnn_kernels import gradient_norm, gradient_threshold, launch
 from fastrnn_kernels.failed_waits import FailedWaits
 from fastrnn_kernels.launch import CannotLaunch, assert_no_spill, launching
 
@@ -106,3 +106,33 @@ def test_a_spill_is_an_error_where_that_is_asked_for(monkeypatch: pytest.MonkeyP
     assert_no_spill(None)
     with pytest.raises(RuntimeError, match="lstm_forward_kernel spills 3 registers"):
         assert_no_spill(spilling)
+
+
+def clip() -> None:
+    gradient_norm.clip_gradients([torch.ones(3)], 1.0)
+
+
+def settle() -> None:
+    ring = gradient_norm.Ring(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
+    gradient_threshold.settle(torch.tensor(1.0), ring, 50.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        (gradient_norm, "gradient_norm_kernel", clip),
+        (gradient_threshold, "threshold_kernel", settle),
+    ],
+    ids=["norm", "threshold"],
+)
+def test_a_spill_of_a_clip_too(
+    module: ModuleType, name: str, call: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = mock.MagicMock()
+    kernel.__getitem__.return_value.return_value = SimpleNamespace(name=name, n_spills=3)
+    monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(gradient_norm, "_cannot_run_on", lambda device: None)
+    call()
+    monkeypatch.setenv("FASTRNN_ASSERT_NO_SPILL", "1")
+    with pytest.raises(RuntimeError, match=f"{name} spills 3 registers"):
+        call()
