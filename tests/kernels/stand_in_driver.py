@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastrnn.choosing import backends
-from fastrnn.input import upload
+from fastrnn.input import transforms, upload
 from fastrnn_kernels.offline import disassemble
 from fastrnn_kernels.tiling import CHIPS, Chip
 
@@ -226,6 +226,8 @@ def stand_in(chip: str = "sm_90", *, compiles: bool = False) -> Iterator[StandIn
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(backends, "_device_reason", lambda *_: None))
+            # A meta tensor stands for one on the GPU, which has data.
+            stack.enter_context(mock.patch.object(transforms, "_has_data", lambda _: True))
             stack.enter_context(mock.patch.object(Chip, "of", lambda _: CHIPS[chip]))
             if not compiles:
                 stack.enter_context(mock.patch.object(JITFunction, "_do_compile", remember))
