@@ -172,7 +172,8 @@ def _verdict_from(entry: Any) -> str | None:
 
 
 _CHECKED = (
-    *("launch.py", "checking.py", "reference.py", "bounded_layout.py", "previous_states.py"),
+    *("launch.py", "compiler_options.py", "checking.py", "reference.py"),
+    *("bounded_layout.py", "previous_states.py"),
     *("gradient_kernel.py", "gradient_norm.py", "gradient_table.py", "gradient_threshold.py"),
 )
 verdicts: KeptStore[str | None] = KeptStore(
