@@ -433,12 +433,13 @@ def test_a_wrong_kernel_fails(which: str, change: tuple[str, str, str]) -> None:
 def test_a_check_is_made_outside_of_the_callers_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launchers run inside an operator, below autograd, and under autocast."""
     random = torch.get_rng_state()
-    given = problem()
+    inputs = backward_inputs(problem())  # by autograd, which is out of reach below
     with (
         torch.inference_mode(),
         torch.autocast("cpu", dtype=torch.bfloat16),
         torch._C._AutoDispatchBelowAutograd(),
+        cooperative(),
     ):
-        backward(given)
+        lstm_backward.lstm_backward(**inputs)
     assert trust.refusal(CPU, torch.float32, 6, 1) is None
     assert torch.equal(torch.get_rng_state(), random)
