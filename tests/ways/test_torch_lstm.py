@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn import torch_private
 from fastrnn.choosing import choose
 from fastrnn.ways import torch_lstm
 from tests.oracle import (
@@ -255,7 +256,7 @@ def test_scattered_weights_are_put_in_one_chunk_for_cudnn(dtype):
         with (
             mock.patch.object(torch_lstm, "CPU", torch.device("meta")),
             mock.patch.object(torch_lstm, "_wants_one_chunk", lambda _: True),
-            mock.patch.object(torch, "_cudnn_rnn_flatten_weight", flattened),
+            mock.patch.object(torch_private, "cudnn_to_one_chunk", flattened),
             mock.patch.object(torch, "lstm", lambda *a: seen.append(a[2]) or found(*a)),
         ):
             assert_agree(everything(padded, lstm, x, hx), right, tolerance=1e-2)
