@@ -111,8 +111,9 @@ def _torch_rows(asked: Request) -> Computed:
     layout = _rows_on_host(asked)
     if layout.rows == 0:  # torch knows no batch without a step
         return _by_rows(asked, Choice("loop", "there is no valid step", layout))
+    rows = form.rows(layout)
     found = torch_lstm.run_rows(
-        form.rows(layout).to(asked.dtype),
+        rows if rows.dtype == asked.dtype else rows.to(asked.dtype),
         layout,
         asked.flat,
         _enter(layout, asked.h_0, stack),

@@ -59,8 +59,8 @@ TORCH_STEPS = 5
 # Steps up to which a launch of the kernels is not worth it; not yet measured on a GPU.
 KERNEL_STEPS = 8
 
-# What torch computes on the CPU as exactly as our ways do; 16-bit numbers it rounds at each step,
-# and is taken for them only in few steps, with projections, where oneDNN cannot either.
+# What torch computes on the CPU as exactly as our ways do. 16-bit numbers it rounds at each step,
+# and is taken for them in few steps only: for bfloat16, and where projections keep oneDNN out.
 TORCH_DTYPES = (torch.float32, torch.float64)
 # Sequences up to which torch's cell is the faster one forward.
 CELL_BATCH = 32
@@ -189,7 +189,8 @@ def _on_cpu(asked: Request) -> Choice:
             if found is not None:
                 return found
         few = form.steps <= TORCH_STEPS
-        short = (few or not train) if dtype in TORCH_DTYPES else few and stack.projection
+        short = few and (dtype != torch.float16 or stack.projection)
+        short = short or (not train and dtype in TORCH_DTYPES)
     if not onednn.can_compute(
         form.device,
         dtype,
@@ -200,7 +201,7 @@ def _on_cpu(asked: Request) -> Choice:
     ):
         return SHORT if short else LOOP
     if short and form.steps <= TORCH_STEPS and isinstance(form, Packed) and not asked.ragged:
-        return SHORT  # without asking what else could be
+        return SHORT  # without asking what else could be, which takes as long as two steps
     choice = _arranged(asked)
     return SHORT if short and choice.way == "loop" else choice
 
