@@ -101,7 +101,10 @@ def _dense(asked: Request, way: str) -> Computed:
     if layout is None:
         return Computed(h_n, c_n, [output])
     h_n, c_n = layout.leave(h_n, stack.directions), layout.leave(c_n, stack.directions)
-    return Computed(h_n, c_n, [form.restore(output.flatten(0, 1), layout)])
+    rows = output.flatten(0, 1)
+    if way == "dense" and isinstance(form, Packed):  # a copy already, which restore would repeat
+        return Computed(h_n, c_n, [PackedSequence(rows, *form.x[1:])])
+    return Computed(h_n, c_n, [form.restore(rows, layout)])
 
 
 def _torch_rows(asked: Request) -> Computed:
